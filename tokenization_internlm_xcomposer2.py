@@ -6,8 +6,9 @@ whereas SentencePiece merges by score, and in the released vocabulary the two or
 mixtures of its pieces come out differently). So this is a thin `TokenizersBackend` with a conversion of its own,
 `backend_from_sentencepiece`; everything else (batching, padding, saving) is the library's.
 
-Left as the library has it: a run of byte tokens that is not whole UTF-8 decodes to one U+FFFD a byte, where SentencePiece
-keeps the whole characters in it. No text encodes to such a run; a reply cut inside an emoji can end in one.
+Left as the library has it: a run of byte tokens that is not whole UTF-8 decodes to one U+FFFD a byte, where
+SentencePiece keeps the whole characters in it. No text encodes to such a run; a reply cut inside an emoji can end in
+one.
 """
 
 import os
@@ -37,7 +38,7 @@ def _read_sentencepiece(path: Path):
         ) from error
     # Not FileNotFoundError: transformers replaces the text of every OSError raised while a tokenizer is built.
     if not path.is_file():
-        raise ValueError(f"there is no SentencePiece vocabulary at {path}; download tokenizer.model with the checkpoint")
+        raise ValueError(f"no SentencePiece vocabulary at {path}; download tokenizer.model with the checkpoint")
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the vocabulary; run `git lfs pull` or download it again")
@@ -167,7 +168,7 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
             backend = backend_from_sentencepiece(vocab_file)
         else:
             folder = kwargs.get("name_or_path") or "the folder given"
-            raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model; download one with the checkpoint")
+            raise ValueError(f"{folder} has no tokenizer.json and no tokenizer.model; download one of them")
         saved = backend.post_processor is not None
         if add_bos_token is None:
             add_bos_token = _adds(backend, str(bos_token)) if saved else True
