@@ -42,7 +42,7 @@ def _read_sentencepiece(path: Path):
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the vocabulary; run `git lfs pull` or download it again")
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(data)
     except DecodeError as error:

@@ -115,6 +115,16 @@ def test_save_and_reload(tokenizer, tmp_path):
     assert (again.padding_side, again.pad_token_id) == ("left", 2)
 
 
+def test_the_vocabulary_file_alone_is_enough(model_file, tmp_path):
+    shutil.copy(model_file, tmp_path / "tokenizer.model")
+    for tokenizer in (
+        InternLMXComposer2Tokenizer.from_pretrained(tmp_path),
+        InternLMXComposer2Tokenizer(str(model_file)),
+    ):
+        assert tokenizer("a").input_ids == [1, *tokenizer("a", add_special_tokens=False).input_ids]
+        assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer.add_eos_token) == ("left", "</s>", False)
+
+
 @pytest.mark.parametrize("bos, eos", [(False, False), (True, True), (False, True)])
 def test_added_tokens_survive_saving(model_file, tmp_path, bos, eos):
     tokenizer = InternLMXComposer2Tokenizer(model_file, add_bos_token=bos, add_eos_token=eos)

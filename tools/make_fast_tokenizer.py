@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -25,7 +26,7 @@ sys.path.insert(0, str(REPO))
 
 from tokenization_internlm_xcomposer2 import SPACE, backend_from_sentencepiece  # noqa: E402
 
-TOKENIZER_CONFIG = {
+TOKENIZER_CONFIG: dict[str, Any] = {
     "add_bos_token": True,
     "add_eos_token": False,
     "bos_token": "<s>",
