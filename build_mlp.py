@@ -1,0 +1,109 @@
+"""Vision tower, projector, and the linear layer that carries adapters. (The file name is historic.)
+
+Legend: N tiles, P patches along a side of a tile, S = P / 2 tokens along a side, V vision width, D decoder width,
+B batch, T tokens, R rows = image tokens of the whole batch, h x w tiles of one picture.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
+
+from .configuration_internlm_xcomposer2 import InternLM2Config, InternLMXcomposer2Config
+
+
+class VisionTower(CLIPPreTrainedModel):
+    """CLIP ViT without its last norm and pooling: transformers' parts, the released names (`pre_layrnorm`)."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
+        """Tiles (N, 3, P * 14, P * 14) -> last encoder layer (N, 1 + P * P, V), class token first."""
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        return self.encoder(inputs_embeds=hidden, attention_mask=None)
+
+
+def merge_patches(features: Tensor) -> Tensor:
+    """Concatenate 2 x 2 neighbouring patches: (N, P * P, V) -> (N, S, S, 4 V).
+
+    Order within a token: top-left, top-right, bottom-left, bottom-right.
+    """
+    n, patches, width = features.shape
+    s = int(patches**0.5) // 2
+    grid = features.view(n, s, 2, s, 2, width)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(n, s, s, 4 * width)  # (N, S, 2, S, 2, V) -> (N, S, S, 2, 2, V)
+
+
+def join_tiles(tokens: Tensor, rows: int, cols: int) -> Tensor:
+    """Token maps of a picture's tiles (h * w, S, S, 4 V) -> one map (h * S, w * S, 4 V)."""
+    side, width = tokens.shape[1], tokens.shape[-1]
+    grid = tokens.view(rows, cols, side, side, width)
+    return grid.permute(0, 2, 1, 3, 4).reshape(rows * side, cols * side, width)  # (h, w, S, S) -> (h, S, w, S)
+
+
+def end_rows(token_map: Tensor, newline: Tensor) -> Tensor:
+    """Close each row of a token map with the newline vector: (rows, cols, 4 V) -> (rows * (cols + 1), 4 V)."""
+    ends = newline.view(1, 1, -1).expand(token_map.shape[0], 1, -1)
+    return torch.cat([token_map, ends], dim=1).flatten(0, 1)
+
+
+def build_projector(config: InternLMXcomposer2Config) -> nn.Sequential:
+    """Merged patches (.., 4 V) -> decoder width (.., D). Linear layers sit at 0 and 2, as released."""
+    width = config.text_config.hidden_size
+    return nn.Sequential(nn.Linear(4 * config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+
+
+class AdaptedLinear(nn.Module):
+    """A linear with partial LoRA for image tokens and task adapters for every token.
+
+    y = W x + (alpha / r) B(A(x)) [image tokens] + sum of B_t(A_t(x)) over the active task adapters t
+
+    The parts are siblings, so that vLLM, PEFT and quantisers may replace `linear` alone. Source: partial LoRA of
+    InternLM-XComposer2 (arXiv:2401.16420, section 3.1).
+    """
+
+    def __init__(self, config: InternLM2Config, in_features: int, out_features: int):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=config.bias)
+        self.Plora_A = nn.Linear(in_features, config.plora_rank, bias=False)
+        self.Plora_B = nn.Linear(config.plora_rank, out_features, bias=False)
+        self.plora_scale = config.plora_alpha / config.plora_rank
+        self.plora_dropout = config.plora_dropout
+        ranks = config.task_adapter_ranks
+        self.task_A = nn.ModuleDict({name: nn.Linear(in_features, rank, bias=False) for name, rank in ranks.items()})
+        self.task_B = nn.ModuleDict({name: nn.Linear(rank, out_features, bias=False) for name, rank in ranks.items()})
+
+    def partial_lora(self, x: Tensor) -> Tensor:
+        """(.., in) -> (.., out), dropout while training."""
+        low = self.Plora_A(F.dropout(x, self.plora_dropout, self.training))
+        return self.Plora_B(low) * self.plora_scale
+
+    def forward(self, x: Tensor, image_tokens: Tensor | None = None, adapters: tuple[str, ...] = ()) -> Tensor:
+        """(B, T, in) -> (B, T, out).
+
+        Args:
+            image_tokens: where partial LoRA applies. None: nowhere. Integers (R,): rows of the flattened batch, and
+                only those are computed. A mask (B, T, 1) in x's dtype: everything is computed and masked, which
+                needs no known count and keeps the adapter in the graph of a text-only training batch.
+            adapters: names of the active task adapters.
+        """
+        out = self.linear(x)
+        if image_tokens is not None:
+            if image_tokens.is_floating_point():
+                out = out + self.partial_lora(x) * image_tokens
+            else:
+                delta = self.partial_lora(x.flatten(0, 1)[image_tokens])
+                out.view(-1, out.shape[-1]).index_add_(0, image_tokens, delta.to(out.dtype))
+        for name in adapters:
+            out = out + self.task_B[name](self.task_A[name](x))
+        return out

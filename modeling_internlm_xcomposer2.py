@@ -1,0 +1,383 @@
+"""InternLM-XComposer-2.5: vision tower, projector and decoder in one model that chats.
+
+Legend: B batch, T tokens, D decoder width, N tiles of all pictures (each picture's global view first), S tokens along a
+side of a tile, L image tokens of one picture.
+
+Inside, the module tree is the one transformers and vLLM look for; on disk, the released parameter names stay, and
+`RENAMINGS` maps one to the other both ways. The released tree's attributes remain as properties.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .build_mlp import VisionTower, build_projector, end_rows, join_tiles, merge_patches
+from .chat_internlm_xcomposer2 import ChatMixin
+from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles
+from .modeling_internlm2 import InternLM2Model
+
+# Released name -> name in the module tree, applied in this order when loading and backwards when saving.
+RENAMINGS = [
+    (r"\.(wqkv|wo|w1|w2|w3)\.weight", r".\1.linear.weight"),
+    (r"\.(wqkv|wo|w1|w2|w3)\.bias", r".\1.linear.bias"),
+    (r"\.lora_([a-z0-9]+)_A\.weight", r".task_A.\1.weight"),
+    (r"\.lora_([a-z0-9]+)_B\.weight", r".task_B.\1.weight"),
+    (r"^output\.weight", r"lm_head.weight"),
+    (r"^model\.(tok_embeddings|layers|norm)\.", r"model.language_model.\1."),
+    (r"^vit\.vision_tower\.vision_model\.", r"model.vision_tower."),
+    (r"^vision_proj\.", r"model.vision_proj."),
+    (r"^plora_(glb|sub)_GN", r"model.plora_\1_GN"),
+]
+
+# Inputs of the prompt alone: decode steps carry none of them.
+PROMPT_ONLY = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
+
+# The ViT sees this many tiles at once: its activations stay small however large the picture is.
+TILES_AT_ONCE = 8
+
+
+class InternLMXComposer2PreTrainedModel(PreTrainedModel):
+    """What transformers may do with the model, and what it may find in a released checkpoint."""
+
+    config_class = InternLMXcomposer2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The tower's last norm is never read; the buffers are computed.
+    _keys_to_ignore_on_load_unexpected = [r"post_layernorm\.", r"position_ids$", r"rotary_emb\.inv_freq$"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InternLMXComposer2Model):
+            nn.init.normal_(module.plora_glb_GN, std=self.config.initializer_range)
+            nn.init.normal_(module.plora_sub_GN, std=self.config.initializer_range)
+
+
+class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
+    """Features, merge, decoder: everything but the head.
+
+    Image tokens take the place of `image_token_id` (pictures) and `video_token_id` (stitched videos) in `input_ids`.
+    """
+
+    def __init__(self, config: InternLMXcomposer2Config):
+        super().__init__(config)
+        self.vision_tower = VisionTower._from_config(config.vision_config)
+        self.vision_proj = build_projector(config)
+        self.language_model = InternLM2Model._from_config(config.text_config)
+        width = 4 * config.vision_config.hidden_size
+        self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+        self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.tok_embeddings = value
+
+    @property
+    def tok_embeddings(self) -> nn.Module:
+        """The released tree's name of the token embedding."""
+        return self.language_model.tok_embeddings
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """Tiles (N, 3, tile, tile) -> merged patches (N, S, S, 4 V), a bounded number of tiles at a time."""
+        tiles = tiles.to(self.plora_sub_GN.dtype)
+        features = [self.vision_tower(batch).last_hidden_state[:, 1:] for batch in tiles.split(TILES_AT_ONCE)]
+        return merge_patches(torch.cat(features))
+
+    def arrange_pictures(
+        self, tiles: Tensor, grids: list[list[int]], separator: Tensor, newline: Tensor
+    ) -> list[Tensor]:
+        """Tiles of several pictures -> each picture's sequence (L, 4 V), before the projector.
+
+        A sequence is the global view's rows, the separator, then the rows of the joined tiles; each row ends with the
+        newline vector (InternLM-XComposer2-4KHD, arXiv:2404.06512, section 3.2).
+        """
+        counts = [1 + rows * cols for _, rows, cols in grids]
+        if sum(counts) != tiles.shape[0]:
+            raise ValueError(
+                f"the grids {grids} ask for {sum(counts)} tiles (a global view and rows x cols for each picture), but "
+                f"pixel_values holds {tiles.shape[0]}; pass both as the processor returned them"
+            )
+        maps = self.encode_tiles(tiles)
+        newline, separator = newline.to(maps), separator.to(maps)
+        sequences = []
+        for picture, (_, rows, cols) in zip(maps.split(counts), grids, strict=True):
+            overview = end_rows(picture[0], newline)
+            detail = end_rows(join_tiles(picture[1:], rows, cols), newline)
+            sequences.append(torch.cat([overview, separator.flatten(0, 1), detail]))
+        return sequences
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of pictures, one tensor (L, D) each in `pooler_output`.
+
+        Args:
+            pixel_values: (N, 3, tile, tile), for each picture its global view, then its tiles in row order.
+            image_grid_thw: (pictures, 3), rows of (1, tile rows, tile columns).
+
+        Raises:
+            ValueError: grids and tiles differ in number.
+        """
+        grids = image_grid_thw.tolist()
+        sequences = self.arrange_pictures(pixel_values, grids, self.plora_glb_GN, self.plora_sub_GN)
+        projected = self.vision_proj(torch.cat(sequences))
+        pooled = projected.split([len(sequence) for sequence in sequences])
+        return BaseModelOutputWithPooling(last_hidden_state=projected[None], pooler_output=pooled)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """As `get_image_features`: a video is one tall picture of its frames."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw, return_dict=True)
+
+    def merge_features(self, inputs_embeds: Tensor, slots: Tensor, features: tuple[Tensor, ...], kind: str) -> Tensor:
+        """Put picture embeddings into their slots: embeddings (B, T, D), slots (B, T) bool -> (B, T, D)."""
+        merged = torch.cat(tuple(features)).to(inputs_embeds)
+        if int(slots.sum()) != len(merged):
+            raise ValueError(
+                f"input_ids hold {int(slots.sum())} {kind} placeholder tokens, but the {kind} features have {len(merged)} "
+                f"rows; build both with one processor call"
+            )
+        return inputs_embeds.masked_scatter(slots[..., None], merged)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Ids (B, T) with pictures, or embeddings (B, T, D), -> hidden states (B, T, D).
+
+        Args:
+            mm_token_type_ids: (B, >= T), above 0 at image tokens (the last T columns are read). Without it, image
+                tokens are found by their placeholder ids in `input_ids`.
+            im_mask: the same under the released name.
+            infer_mode: which task adapters are on: "base" (none), "web", "write", or an adapter's own name.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        for pixels, grids, token_id, features_of, kind in (
+            (pixel_values, image_grid_thw, self.config.image_token_id, self.get_image_features, "image"),
+            (pixel_values_videos, video_grid_thw, self.config.video_token_id, self.get_video_features, "video"),
+        ):
+            if pixels is not None:
+                if input_ids is None:
+                    raise ValueError(f"{kind} pixels need input_ids to say where they stand; got inputs_embeds alone")
+                features = features_of(pixels, grids, return_dict=True).pooler_output
+                inputs_embeds = self.merge_features(inputs_embeds, input_ids == token_id, features, kind)
+        image_mask = mm_token_type_ids if im_mask is None else im_mask
+        if image_mask is not None:
+            image_mask = image_mask[:, -inputs_embeds.shape[1] :] > 0
+        elif pixel_values is not None or pixel_values_videos is not None:
+            image_mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            image_mask=image_mask,
+            infer_mode=infer_mode,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin, GenerationMixin):
+    """The model with its head, `generate`, and the public methods (`chat`, `write_artical`, ...)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.tok_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: InternLMXcomposer2Config):
+        super().__init__(config)
+        self.model = InternLMXComposer2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.tokenizer = None  # set by the caller, or passed to the public methods
+        self.hd_num = 24  # tiles of `encode_img` when it is not told
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs):
+        """See `InternLMXComposer2Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs):
+        """See `InternLMXComposer2Model.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """As `InternLMXComposer2Model.forward`, with logits (B, kept, vocabulary) and, from `labels` (B, T), a loss.
+
+        Args:
+            labels: token ids to predict (shifted inside), -100 where nothing is to be learned.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            im_mask=im_mask,
+            infer_mode=infer_mode,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, *args, im_mask: Tensor | None = None, **kwargs):
+        """transformers' `generate`; `im_mask` (B, T) is the released name of `mm_token_type_ids`."""
+        if im_mask is not None:
+            kwargs["mm_token_type_ids"] = im_mask.long()
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs
+    ) -> dict:
+        """What follows the prompt is text: decode steps carry neither pictures nor an image mask."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in PROMPT_ONLY:
+                inputs.pop(name, None)
+        return inputs
+
+    # What callers of the released module tree use.
+
+    @property
+    def output(self) -> nn.Module:
+        """The released tree's name of the head."""
+        return self.lm_head
+
+    @property
+    def vision_proj(self) -> nn.Module:
+        """The released tree's name of the projector."""
+        return self.model.vision_proj
+
+    @property
+    def plora_glb_GN(self) -> nn.Parameter:
+        """Separator between global view and tiles (1, 1, 4 V)."""
+        return self.model.plora_glb_GN
+
+    @property
+    def plora_sub_GN(self) -> nn.Parameter:
+        """Newline that ends each row of image tokens (1, 1, 1, 4 V)."""
+        return self.model.plora_sub_GN
+
+    @property
+    def vit(self):
+        """The released tree's vision part, called as `vit([pixels], plora_glb_GN, plora_sub_GN)`; see `_vit`."""
+        return self._vit
+
+    @property
+    def vis_processor(self):
+        """PIL picture -> normalised pixels (3, H, W)."""
+        return partial(normalize, tile=self.config.tile)
+
+    @property
+    def font(self):
+        """Label font of stitched videos: a font file in the model folder, else Pillow's own."""
+        folder = self.config.name_or_path
+        return get_font(BAND * self.config.tile / TILE, folder if Path(folder).is_dir() else None)
+
+    def _vit(self, images: list[Tensor], glb_GN: Tensor, sub_GN: Tensor) -> tuple[Tensor, list[int]]:
+        """Pixels (1, 3, H, W) of several pictures -> merged patches (1, sum of L, 4 V) and each picture's L.
+
+        Args:
+            glb_GN, sub_GN: separator and newline, as `plora_glb_GN` and `plora_sub_GN`.
+        """
+        tiles, grids = stack_tiles([image.squeeze(0) for image in images], self.config.tile)
+        sequences = self.model.arrange_pictures(tiles, grids.tolist(), glb_GN, sub_GN)
+        return torch.cat(sequences)[None], [len(sequence) for sequence in sequences]
+
+
+# transformers looks these up by class name, loading and saving.
+for _name in ("InternLMXComposer2ForCausalLM", "InternLMXComposer2Model"):
+    _renamings = [WeightRenaming(released, inside) for released, inside in RENAMINGS]
+    register_checkpoint_conversion_mapping(_name, _renamings, overwrite=True)
+
+__all__ = ["InternLMXComposer2ForCausalLM", "InternLMXComposer2Model", "InternLMXComposer2PreTrainedModel"]

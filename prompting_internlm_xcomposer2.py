@@ -1,0 +1,168 @@
+"""Turns -> text, image slots, token ids, labels. Pure: no tensors, no pictures, no model.
+
+A conversation is text in which `<ImageHere>` marks each picture's place:
+
+    [UNUSED_TOKEN_146]user\\n{query}[UNUSED_TOKEN_145]\\n[UNUSED_TOKEN_146]assistant\\n{answer}[UNUSED_TOKEN_145]\\n ...
+
+In token ids a picture is a run of one placeholder id, as long as the picture has tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+IMAGE_MARK = "<ImageHere>"
+TURN_OPEN = "[UNUSED_TOKEN_146]"
+TURN_CLOSE = "[UNUSED_TOKEN_145]"
+IGNORE_INDEX = -100
+
+_WHO = (
+    "You are an AI assistant whose name is InternLM-XComposer (浦语·灵笔).\n"
+    "- InternLM-XComposer (浦语·灵笔) is a {kind} that is developed by Shanghai AI Laboratory (上海人工智能实验室). "
+    "It is designed to be helpful, honest, and harmless.\n"
+    "- InternLM-XComposer (浦语·灵笔) can understand and communicate fluently in the language chosen by the user such "
+    "as English and 中文.\n"
+)
+# The released system texts: the model was trained on these words.
+CHAT_SYSTEM = _WHO.format(kind="multi-modality conversational language model") + (
+    "- InternLM-XComposer (浦语·灵笔) is capable of comprehending and articulating responses effectively based on the "
+    "provided image."
+)
+WRITE_SYSTEM = _WHO.format(kind="conversational language model")
+
+# Who speaks, by the names that data files and chat clients use.
+ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant", "assistant": "assistant"}
+
+Tokenize = Callable[[str, bool], list[int]]
+
+
+class Prompt(NamedTuple):
+    """Token ids of a conversation and the [start, end) span of each picture in them."""
+
+    input_ids: list[int]
+    image_spans: list[tuple[int, int]]
+
+
+def tokenize_with(tokenizer) -> Tokenize:
+    """(text, begins) -> ids by a transformers tokenizer, with BOS in front when `begins`."""
+    return lambda text, begins: tokenizer(text, add_special_tokens=begins).input_ids
+
+
+def turn(role: str, text: str) -> str:
+    """One closed turn."""
+    return f"{TURN_OPEN}{role}\n{text}{TURN_CLOSE}\n"
+
+
+def check_history(history: Iterable) -> list[tuple[str, str]]:
+    """`history` as (query, answer) pairs of text.
+
+    Raises:
+        ValueError: an entry of another shape; says which.
+    """
+    if isinstance(history, str | dict):
+        raise ValueError(f"history must be a list of (query, answer) pairs, got {type(history).__name__}: {history!r}")
+    pairs = []
+    for index, entry in enumerate(history or ()):
+        if isinstance(entry, str | dict) or not isinstance(entry, Sequence) or len(entry) != 2:
+            raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got {entry!r}")
+        if not all(isinstance(part, str) for part in entry):
+            kinds = ", ".join(type(part).__name__ for part in entry)
+            raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got ({kinds})")
+        pairs.append((entry[0], entry[1]))
+    return pairs
+
+
+def chat_prompt(query: str, history: Iterable = (), system: str = "") -> str:
+    """System turn (if any), past turns, the query, and the header the model answers after.
+
+    Raises:
+        ValueError: history of the wrong shape, or a query that is no text.
+    """
+    if not isinstance(query, str):
+        raise ValueError(f"query must be text, got {type(query).__name__}")
+    past = "".join(turn("user", asked) + turn("assistant", said) for asked, said in check_history(history))
+    opening = turn("system", system) if system else ""
+    return f"{opening}{past}{turn('user', query)}{TURN_OPEN}assistant\n"
+
+
+def training_text(turns: Iterable[tuple[str, str]]) -> str:
+    """(role, text) turns as the released model was trained on them: stripped text, `</s>` last.
+
+    Raises:
+        ValueError: a role that is not one of `ROLES`.
+    """
+    text = ""
+    for role, value in turns:
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r} in a conversation; use one of {sorted(ROLES)}")
+        text += turn(ROLES[role], value.strip())
+    return text + "</s>"
+
+
+def place_images(prompt: str, num_images: int) -> list[str]:
+    """Cut a prompt at its image marks: n pictures stand between n + 1 pieces.
+
+    One picture and no mark anywhere: it stands in front of everything.
+
+    Raises:
+        ValueError: marks and pictures differ in number.
+    """
+    pieces = prompt.split(IMAGE_MARK)
+    slots = len(pieces) - 1
+    if slots == num_images:
+        return pieces
+    if slots == 0 and num_images == 1:
+        return ["", prompt]
+    raise ValueError(
+        f"{slots} {IMAGE_MARK} slots but {num_images} images; the query and the history together need one "
+        f"{IMAGE_MARK} for each image, in the order of the images (history included)"
+    )
+
+
+def tokenize_prompt(
+    pieces: Sequence[str], image_lengths: Sequence[int], placeholders: Sequence[int], tokenize: Tokenize
+) -> Prompt:
+    """Tokenise piece by piece, BOS on the first alone, and put placeholders where the pictures stand.
+
+    Args:
+        pieces: n + 1 pieces of text, see `place_images`.
+        image_lengths: tokens of each of the n pictures.
+        placeholders: the token id that holds each picture's place.
+        tokenize: (text, begins) -> ids, see `tokenize_with`.
+    """
+    ids = list(tokenize(pieces[0], True))
+    spans = []
+    for length, placeholder, piece in zip(image_lengths, placeholders, pieces[1:], strict=True):
+        spans.append((len(ids), len(ids) + length))
+        ids += [placeholder] * length
+        if piece:
+            ids += tokenize(piece, False)
+    return Prompt(ids, spans)
+
+
+def answer_labels(input_ids: Sequence[int], assistant_header: Sequence[int], close_id: int) -> list[int]:
+    """Labels of a training text: answers and the token that closes them, and after the last answer what remains.
+
+    Everything else (system, user, role headers, pictures) is `IGNORE_INDEX`.
+
+    Args:
+        input_ids: token ids of `training_text`, placeholders included.
+        assistant_header: ids of `[UNUSED_TOKEN_146]assistant\\n`; its first id opens every turn.
+        close_id: id of `[UNUSED_TOKEN_145]`.
+    """
+    labels = [IGNORE_INDEX] * len(input_ids)
+    open_id, header = assistant_header[0], list(assistant_header)
+    starts = [index for index, token in enumerate(input_ids) if token == open_id]
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        answer = start + len(header)
+        if list(input_ids[start:answer]) != header:
+            continue
+        if end is not None:
+            closing = next((i for i in range(answer, end) if input_ids[i] == close_id), end - 1)
+            end = closing + 1
+        labels[answer:end] = input_ids[answer:end]
+    return labels
+
+
+def cut_answer(text: str) -> str:
+    """The model's answer without what follows its closing token."""
+    return text.split(TURN_CLOSE)[0]
