@@ -1,0 +1,38 @@
+PYTHON ?= python3
+TRANSFORMERS ?= 5.23.0
+VENV ?= .venv
+PIP = $(VENV)/bin/pip --disable-pip-version-check -q
+MODEL ?= build/tiny
+
+.PHONY: chat test test-compat lint clean
+
+# torch first, by exact version: a range would bring the CUDA build to machines without a card.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	$(PIP) install transformers==$(TRANSFORMERS) .[test]
+	touch $@
+
+build/tiny: tools/make_tiny_checkpoint.py | $(VENV)/ready
+	rm -rf $@
+	$(VENV)/bin/python tools/make_tiny_checkpoint.py $@
+
+## Ask about a picture, then keep asking.
+chat: $(VENV)/ready $(MODEL)
+	$(VENV)/bin/python examples/example_chat.py --model $(MODEL) --image examples/data/shapes.png --text "What is in the picture?" --max_new_tokens 64
+
+## All tests, on one version of transformers.
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest tests
+
+## Loading, parity and remote code on another version: make test-compat TRANSFORMERS=5.16.1
+test-compat:
+	$(MAKE) VENV=.venv-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) .venv-$(TRANSFORMERS)/ready
+	.venv-$(TRANSFORMERS)/bin/python -m pytest tests/test_golden.py tests/test_loading.py tests/test_offline.py tests/test_public_clients.py tests/test_tokenizer.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf .venv .venv-* build
