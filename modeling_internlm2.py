@@ -54,20 +54,26 @@ class RotaryEmbedding(nn.Module):
         self.factor = rope["factor"] if rope["rope_type"] == "dynamic" else None
         self.max_position = config.max_position_embeddings
 
-    def inverse_frequencies(self, position_ids: Tensor) -> Tensor:
-        """(B, T) positions -> (B or 1, E / 2), fp32."""
+    def inverse_frequencies(self, position_ids: Tensor, length: Tensor | None) -> Tensor:
+        """(B, T) positions, and each row's length (B, 1) -> (B or 1, E / 2), fp32."""
         exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32) / self.head_dim
         base = torch.full((1, 1), self.base, device=position_ids.device, dtype=torch.float32)
         if self.factor is not None:
-            length = (position_ids.amax(-1, keepdim=True) + 1).clamp(min=self.max_position)
-            stretch = self.factor * length / self.max_position - (self.factor - 1)
+            length = position_ids.amax(-1, keepdim=True) + 1 if length is None else length
+            stretch = self.factor * length.clamp(min=self.max_position) / self.max_position - (self.factor - 1)
             base = base * stretch ** (self.head_dim / (self.head_dim - 2))
         return base**-exponents
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(B, T) positions -> cos, sin (B, 1, T, E): angles in fp32, returned in `dtype`."""
-        angles = position_ids[..., None].float() * self.inverse_frequencies(position_ids)[:, None]
+    def forward(
+        self, position_ids: Tensor, dtype: torch.dtype, length: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) positions -> cos, sin (B, 1, T, E): angles in fp32, returned in `dtype`.
+
+        Args:
+            length: each row's length (B, 1), where this call holds only a part; default: its last position + 1.
+        """
+        angles = position_ids[..., None].float() * self.inverse_frequencies(position_ids, length)[:, None]
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -231,6 +237,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         use_cache: bool | None = None,
         image_mask: Tensor | None = None,
         infer_mode: str = "base",
+        rope_length: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Ids (B, T) or embeddings (B, T, D) -> hidden states (B, T, D).
@@ -240,6 +247,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
                 mask.
             image_mask: (B, T) bool, True at image tokens. None: no image token in this call.
             infer_mode: which task adapters are on, see `InternLM2Config.adapters_of`.
+            rope_length: (B, 1), the rows' lengths that dynamic rope goes by, where this call is one chunk of a prompt.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds: got both or neither")
@@ -262,7 +270,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype)
+        position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype, rope_length)
         adapters = self.config.adapters_of(infer_mode)
         hidden_states = inputs_embeds
         for layer in self.layers:

@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .build_mlp import VisionTower, build_projector, end_rows, join_tiles, merge_patches
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
 from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 
@@ -39,9 +40,6 @@ RENAMINGS = [
     (r"^vision_proj\.", r"model.vision_proj."),
     (r"^plora_(glb|sub)_GN", r"model.plora_\1_GN"),
 ]
-
-# Inputs of the prompt alone: decode steps carry none of them.
-PROMPT_ONLY = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
 
 # The ViT sees this many tiles at once: its activations stay small however large the picture is.
 TILES_AT_ONCE = 8
@@ -153,15 +151,39 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """As `get_image_features`: a video is one tall picture of its frames."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, return_dict=True)
 
-    def merge_features(self, inputs_embeds: Tensor, slots: Tensor, features: tuple[Tensor, ...], kind: str) -> Tensor:
-        """Put picture embeddings into their slots: embeddings (B, T, D), slots (B, T) bool -> (B, T, D)."""
-        merged = torch.cat(tuple(features)).to(inputs_embeds)
-        if int(slots.sum()) != len(merged):
-            raise ValueError(
-                f"input_ids hold {int(slots.sum())} {kind} placeholder tokens, but the {kind} features have {len(merged)} "
-                f"rows; build both with one processor call"
-            )
-        return inputs_embeds.masked_scatter(slots[..., None], merged)
+    def image_slots(self, input_ids: Tensor) -> Tensor:
+        """Where pictures and videos stand in ids (B, T): (B, T) bool."""
+        return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, T) -> embeddings (B, T, D), with picture and video features in the places of their placeholders.
+
+        Raises:
+            ValueError: placeholders and features differ in number.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        for pixels, grids, token_id, features_of, kind in (
+            (pixel_values, image_grid_thw, self.config.image_token_id, self.get_image_features, "image"),
+            (pixel_values_videos, video_grid_thw, self.config.video_token_id, self.get_video_features, "video"),
+        ):
+            if pixels is None:
+                continue
+            slots = input_ids == token_id
+            features = torch.cat(features_of(pixels, grids, return_dict=True).pooler_output)
+            if int(slots.sum()) != len(features):
+                raise ValueError(
+                    f"input_ids hold {int(slots.sum())} {kind} placeholder tokens, but the {kind} features have "
+                    f"{len(features)} rows; build both with one processor call"
+                )
+            embeds = embeds.masked_scatter(slots[..., None], features.to(embeds))
+        return embeds
 
     @can_return_tuple
     def forward(
@@ -189,22 +211,16 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
             im_mask: the same under the released name.
             infer_mode: which task adapters are on: "base" (none), "web", "write", or an adapter's own name.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        for pixels, grids, token_id, features_of, kind in (
-            (pixel_values, image_grid_thw, self.config.image_token_id, self.get_image_features, "image"),
-            (pixel_values_videos, video_grid_thw, self.config.video_token_id, self.get_video_features, "video"),
-        ):
-            if pixels is not None:
-                if input_ids is None:
-                    raise ValueError(f"{kind} pixels need input_ids to say where they stand; got inputs_embeds alone")
-                features = features_of(pixels, grids, return_dict=True).pooler_output
-                inputs_embeds = self.merge_features(inputs_embeds, input_ids == token_id, features, kind)
         image_mask = mm_token_type_ids if im_mask is None else im_mask
+        has_pictures = pixel_values is not None or pixel_values_videos is not None
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+            if image_mask is None and has_pictures:
+                image_mask = self.image_slots(input_ids)
+        elif has_pictures:
+            raise ValueError("pixels need input_ids to say where they stand; got inputs_embeds in their place")
         if image_mask is not None:
             image_mask = image_mask[:, -inputs_embeds.shape[1] :] > 0
-        elif pixel_values is not None or pixel_values_videos is not None:
-            image_mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -217,7 +233,7 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         )
 
 
-class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin, GenerationMixin):
+class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin, PrefillMixin, GenerationMixin):
     """The model with its head, `generate`, and the public methods (`chat`, `write_artical`, ...)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.tok_embeddings.weight"}
@@ -322,7 +338,7 @@ class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in PROMPT_ONLY:
+            for name in (*PICTURE_INPUTS, "mm_token_type_ids"):
                 inputs.pop(name, None)
         return inputs
 
