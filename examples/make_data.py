@@ -60,7 +60,7 @@ def shapes() -> Image.Image:
     return img
 
 
-def landscape() -> Image.Image:
+def house() -> Image.Image:
     """A house under a sun, taller than wide."""
     img = Image.new("RGB", (600, 800), (186, 220, 244))
     draw = ImageDraw.Draw(img)
@@ -163,7 +163,7 @@ def write_clip(path: Path, seconds: int = 6, rate: int = 15) -> None:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (shapes, landscape, report, webpage):
+    for draw in (shapes, house, report, webpage):
         draw().save(folder / f"{draw.__name__}.png", optimize=True)
     write_clip(folder / "rolling_ball.mp4")
     (folder / "resume.md").write_text(RESUME, encoding="utf-8")
