@@ -34,14 +34,15 @@ import make_tiny_checkpoint as tiny  # noqa: E402
 OPEN, CLOSE, MARK = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]", "<ImageHere>"
 BOS_ID, EOS_ID, CLOSE_ID = 1, 2, 92542
 
-# Pieces of the mixed training batch: train_cases.json records its loss, and these are its ids in the released vocabulary.
+# Pieces of the mixed training batch: train_cases.json records its loss; these are their ids in the released vocabulary.
 TRAIN_PIECES = {
     f"{OPEN}user\nwhat is it?{CLOSE}\n{OPEN}assistant\na picture{CLOSE}\n</s>": [
         92543, 1008, 364, 12706, 505, 563, 345, 92542, 364, 92543, 525, 11353, 364, 264, 6953, 92542, 364, 2,
     ],
     f"{OPEN}user\nImage1 ": [92543, 1008, 364, 2056, 312, 262],
     "; Image2 ": [329, 4816, 314, 262],
-    f"; compare{CLOSE}\n{OPEN}assistant\nThey differ.{CLOSE}\n{OPEN}user\nwhy?{CLOSE}\n{OPEN}assistant\ncolour{CLOSE}\n</s>": [
+    f"; compare{CLOSE}\n{OPEN}assistant\nThey differ.{CLOSE}\n"
+    f"{OPEN}user\nwhy?{CLOSE}\n{OPEN}assistant\ncolour{CLOSE}\n</s>": [
         329, 9557, 92542, 364, 92543, 525, 11353, 364, 7017, 1897, 281, 92542, 364, 92543, 1008, 364, 34653, 345, 92542,
         364, 92543, 525, 11353, 364, 46743, 92542, 364, 2,
     ],
