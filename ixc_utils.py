@@ -34,6 +34,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TILE = 560  # the sizes of a stitched video (label band, gap, rule) are given at this tile and scale with it
 BAND, GAP, RULE = 40, 10, 2
+ONE_IMAGE_HD_NUM, MANY_IMAGES_HD_NUM = 24, 6  # most tiles of the only picture of a conversation, of each of several
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".wmv", ".webm", ".gif", ".m4v", ".mpg", ".ts", ".flv")
 URL_TIMEOUT = 30.0  # seconds for the whole download
@@ -59,6 +60,11 @@ File = str | io.BytesIO  # local path, or contents
 def image_tokens(rows: int, cols: int, side: int) -> int:
     """Tokens of a picture of rows x cols tiles: global view with row ends, a separator, tiles with row ends."""
     return side * (side + 1) + 1 + rows * side * (cols * side + 1)
+
+
+def default_hd_num(num_pictures: int) -> int:
+    """Most tiles of each picture in a conversation of num_pictures (videos count), unless the caller says another."""
+    return ONE_IMAGE_HD_NUM if num_pictures < 2 else MANY_IMAGES_HD_NUM
 
 
 def hd_grid(width: int, height: int, hd_num: int, tile: int = TILE) -> tuple[int, int]:
