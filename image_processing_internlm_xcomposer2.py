@@ -1,0 +1,148 @@
+"""AutoImageProcessor: pictures -> tiles, through `ixc_utils` as `chat` does it. Knows no model and no text.
+
+Legend: n pictures, N tiles of all of them (each picture's global view first), tile = side of one ViT input in pixels.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from PIL import Image
+from transformers import PretrainedConfig
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.utils import TensorType
+
+from .configuration_internlm_xcomposer2 import VISION_DEFAULTS
+from .ixc_utils import (
+    ONE_IMAGE_HD_NUM,
+    TILE,
+    default_hd_num,
+    hd_grid,
+    image_tokens,
+    load_media,
+    stack_tiles,
+    to_pixels,
+)
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+class InternLMXComposer2ImagesKwargs(TypedDict, total=False):
+    """What a call may set: `hd_num`, most tiles of a picture (one number, or one for each), and `return_tensors`."""
+
+    hd_num: int | list[int] | None
+    return_tensors: str | TensorType | None
+
+
+def open_picture(source: Any) -> Any:
+    """`ixc_utils.load_media`, which also takes bare base64, as some chat clients send it."""
+    if isinstance(source, str) and _BASE64.fullmatch(source) and not os.path.exists(source):
+        source = f"data:;base64,{''.join(source.split())}"
+    return load_media(source)
+
+
+def as_rows(images: Any) -> list[list[Any]]:
+    """A picture, the pictures of one conversation, or a list of those for each conversation -> rows of pictures."""
+    if not isinstance(images, list | tuple):
+        return [[images]]
+    if images and all(isinstance(row, list | tuple) for row in images):
+        return [list(row) for row in images]
+    return [list(images)]
+
+
+class TileFields:
+    """Sizes that image and video processor share. Without them in its own file, a checkpoint's `config.json` counts."""
+
+    tile = TILE
+    patch_size = VISION_DEFAULTS["patch_size"]
+    merge_size = 2
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Tokens along one side of a tile: merge_size x merge_size patches make one."""
+        return self.tile // self.patch_size // self.merge_size
+
+    def num_tokens(self, rows: int, cols: int) -> int:
+        """Tokens of a picture of rows x cols tiles."""
+        return image_tokens(rows, cols, self.tokens_per_side)
+
+    @staticmethod
+    def fields_of_checkpoint(name: str | os.PathLike, **hub_options) -> dict[str, int]:
+        """`tile` and `patch_size` of the `config.json` beside the processor's own file; {} where there is none."""
+        path = Path(name)
+        try:
+            config, _ = PretrainedConfig.get_config_dict(path.parent if path.is_file() else name, **hub_options)
+        except OSError:
+            return {}
+        vision = {**VISION_DEFAULTS, **(config.get("vision_config") or {})}
+        return {"tile": vision["image_size"], "patch_size": vision["patch_size"]}
+
+
+class InternLMXComposer2ImageProcessor(TileFields, PilBackend):
+    """Pictures of any source that `chat` takes -> `pixel_values` (N, 3, tile, tile), `image_grid_thw` (n, 3).
+
+    Args:
+        hd_num: most tiles of a picture; None: 24 for the only picture of a conversation, 6 each for more.
+        tile, patch_size, merge_size: side of a tile and of a patch in pixels, patches along a side of a token.
+    """
+
+    valid_kwargs = InternLMXComposer2ImagesKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
+    hd_num = None
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open sources, in whatever nesting they come."""
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(source) for source in image_url_or_urls]
+        return open_picture(image_url_or_urls)
+
+    def preprocess(
+        self,
+        images: Any,
+        hd_num: int | Sequence[int] | None = None,
+        return_tensors: str | TensorType | None = None,
+    ) -> BatchFeature:
+        """Tiles of one picture, of a conversation's pictures (a list), or of several conversations' (a list of lists).
+
+        Args:
+            images: see `ixc_utils.load_media` for what a picture may be.
+            hd_num: as in the class; or a list, one for each picture.
+
+        Raises:
+            ValueError: no picture, one that cannot be read, an `hd_num` below 1 or one list too long or short.
+        """
+        rows = as_rows(images)
+        pictures = [picture for row in rows for picture in row]
+        if not pictures:
+            raise ValueError("0 images; pass images=None for a prompt without")
+        hd_num = self.hd_num if hd_num is None else hd_num
+        if hd_num is None:
+            hd_num = [default_hd_num(len(row)) for row in rows for _ in row]
+        elif not isinstance(hd_num, list | tuple):
+            hd_num = [hd_num] * len(pictures)
+        if len(hd_num) != len(pictures):
+            raise ValueError(f"hd_num lists {len(hd_num)} numbers for {len(pictures)} images; pass one for each")
+        for most in hd_num:
+            hd_grid(1, 1, most, self.tile)  # a wrong hd_num shows before any picture is opened
+        pixels = [to_pixels(open_picture(picture), most, self.tile) for picture, most in zip(pictures, hd_num)]
+        tiles, grids = stack_tiles(pixels, self.tile)
+        return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Rows of `pixel_values` of a picture: its global view and its tiles."""
+        hd_num = (images_kwargs or {}).get("hd_num") or self.hd_num or ONE_IMAGE_HD_NUM
+        rows, cols = hd_grid(width, height, hd_num, self.tile)
+        return 1 + rows * cols
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The library's, with the tile of the checkpoint's `config.json` where the file does not say."""
+        sizes = cls.fields_of_checkpoint(pretrained_model_name_or_path, **kwargs)
+        fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        return {**sizes, **fields}, kwargs
+
+
+__all__ = ["InternLMXComposer2ImageProcessor"]

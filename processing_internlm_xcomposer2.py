@@ -1,0 +1,222 @@
+"""AutoProcessor: text with pictures and videos -> model inputs, for the same conversation equal to those of `chat`.
+
+In text, `<ImageHere>` or `[UNUSED_TOKEN_140]` marks a picture's place and `[UNUSED_TOKEN_139]` a video's; each becomes a
+run of the placeholder as long as the picture has tokens. Prompts come from `chat_template.jinja`, which writes the turns
+of `prompting_internlm_xcomposer2`; tiles come from `ixc_utils`.
+
+Legend: B texts, T tokens, n pictures, N tiles of all of them (each picture's global view first).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from PIL import Image
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .image_processing_internlm_xcomposer2 import (
+    InternLMXComposer2ImagesKwargs,
+    as_rows,
+    open_picture,
+)
+from .ixc_utils import default_hd_num, hd_grid, media_grid
+from .prompting_internlm_xcomposer2 import IMAGE_MARK
+from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
+
+
+class InternLMXComposer2ProcessorKwargs(ProcessingKwargs, total=False):
+    """Arguments of a call, by what they concern; flat ones are taken too."""
+
+    images_kwargs: InternLMXComposer2ImagesKwargs
+    videos_kwargs: InternLMXComposer2VideosKwargs
+    _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True}}
+
+
+class Pictures(NamedTuple):
+    """Opened pictures of all texts in the order of their places, and the `hd_num` each has unless told."""
+
+    opened: list[Any]
+    hd_num: list[int]
+
+
+def share_out(items: list[Any], slots: Sequence[int], kind: str) -> list[list[Any]]:
+    """A flat list of pictures or videos -> a list for each text, by the places the texts have for them."""
+    if len(slots) == 1:
+        return [items]
+    if sum(slots) != len(items):
+        raise ValueError(
+            f"{len(items)} {kind}s for {len(slots)} texts with {sum(slots)} places for one; pass a list of lists, one list "
+            f"for each text ([] for a text without)"
+        )
+    left = iter(items)
+    return [[next(left) for _ in range(count)] for count in slots]
+
+
+class InternLMXComposer2Processor(ProcessorMixin):
+    """Text, pictures, videos -> `input_ids`, `attention_mask`, `mm_token_type_ids` (B, T: 1 picture, 2 video), padded left;
+    `pixel_values` (N, 3, tile, tile) and `image_grid_thw` (n, 3); for videos `pixel_values_videos` and `video_grid_thw`.
+
+    A call takes `text` (one or a list), `images` and `videos` (for one text: one or a list; for several: a list of
+    lists), and besides the tokenizer's arguments `hd_num` (see `InternLMXComposer2ImageProcessor`), `num_frames`, `fps`,
+    `do_sample_frames`, `font` (see `InternLMXComposer2VideoProcessor`). A single picture of a single text may go
+    unmarked: it stands in front, as in `chat`.
+
+    `apply_chat_template` takes `use_meta=True` for the released system text and `meta_instruction` for another; a system
+    message does the same.
+
+    Raises:
+        ValueError: places and pictures differ in number, an unknown content item, an `hd_num` below 1, a source that
+            cannot be read; all before any picture is cut into tiles.
+    """
+
+    valid_processor_kwargs = InternLMXComposer2ProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None):
+        self.image_token, self.video_token = "[UNUSED_TOKEN_140]", "[UNUSED_TOKEN_139]"
+        ids = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        if tokenizer.unk_token_id in ids:
+            raise ValueError(f"the tokenizer lacks {self.image_token} or {self.video_token}; use one of this model family")
+        self.image_token_id, self.video_token_id = ids
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        """The library's check, but for the video processor: its base class goes unexported without torchvision."""
+        if argument_name == "video_processor":
+            return type(argument)
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    def apply_chat_template(self, *args, **kwargs):
+        """The library's; what the template refuses is a ValueError."""
+        try:
+            return super().apply_chat_template(*args, **kwargs)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    # Steps of the library's `__call__`, in its order.
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Give each text its pictures and videos, check that they fit, and open the pictures."""
+        if audio is not None:
+            raise ValueError("audio is no input of this model; pass text, images and videos")
+        if text is None and images is None and videos is None:
+            raise ValueError("nothing to process; pass text, images or videos")
+        if text is None:
+            image_rows = as_rows(images) if images is not None else []
+            video_rows = [[] for _ in image_rows]
+            videos = as_video_list(videos) if videos is not None else None
+        else:
+            text = self._texts(text, **kwargs)
+            image_rows = self._image_rows(images, text)
+            video_rows = self._video_rows(videos, text)
+            self._place(text, image_rows, video_rows)
+            videos = [video for row in video_rows for video in row] or None
+        sources = [source for row in image_rows for source in row]
+        hd_num = [
+            default_hd_num(len(pictures) + len(films))
+            for pictures, films in zip(image_rows, video_rows, strict=True)
+            for _ in pictures
+        ]
+        opened = Pictures([open_picture(source) for source in sources], hd_num) if sources else None
+        return opened, text, videos, None
+
+    def validate_inputs(self, **kwargs):
+        """Nothing left to do: `prepare_inputs_layout` has compared text by text, the library would compare sums."""
+
+    def _process_images(self, images: Pictures, hd_num=None, **kwargs):
+        """Tiles, and the text that stands for each picture."""
+        if hd_num is None:
+            hd_num = images.hd_num if self.image_processor.hd_num is None else self.image_processor.hd_num
+        inputs = self.image_processor(images.opened, hd_num=hd_num, **kwargs)
+        return inputs, [self.replace_image_token(inputs, index) for index in range(len(images.opened))]
+
+    def _process_videos(self, videos: list[Any], **kwargs):
+        """Tiles, and the text that stands for each video."""
+        inputs = self.video_processor(videos, **kwargs)
+        return inputs, [self.replace_video_token(inputs, index) for index in range(len(videos))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What stands for picture `image_idx` in the text."""
+        _, rows, cols = (int(count) for count in image_inputs["image_grid_thw"][image_idx])
+        return self.image_token * self.image_processor.num_tokens(rows, cols)
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        """What stands for video `video_idx` in the text."""
+        _, rows, cols = (int(count) for count in video_inputs["video_grid_thw"][video_idx])
+        return self.video_token * self.video_processor.num_tokens(rows, cols)
+
+    # Text and its places.
+
+    def _texts(self, text: str | Sequence[str], **kwargs) -> list[str]:
+        """A list of texts whose places are all placeholders, and whose BOS is the tokenizer's to add."""
+        texts = [text] if isinstance(text, str) else list(text)
+        for index, entry in enumerate(texts):
+            if not isinstance(entry, str):
+                raise ValueError(f"text[{index}] must be text, got {type(entry).__name__}")
+        texts = [entry.replace(IMAGE_MARK, self.image_token) for entry in texts]
+        adds_bos = {**kwargs, **(kwargs.get("text_kwargs") or {})}.get("add_special_tokens", True)
+        if adds_bos and self.tokenizer.add_bos_token:  # the chat template's text begins with one
+            texts = [entry.removeprefix(self.tokenizer.bos_token) for entry in texts]
+        return texts
+
+    def _image_rows(self, images: Any, texts: list[str]) -> list[list[Any]]:
+        if images is None:
+            return [[] for _ in texts]
+        if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
+            return self._matching([row or [] for row in images], len(texts), "image")
+        items = list(images) if isinstance(images, list | tuple) else [images]
+        return share_out(items, [text.count(self.image_token) for text in texts], "image")
+
+    def _video_rows(self, videos: Any, texts: list[str]) -> list[list[Any]]:
+        if videos is None:
+            return [[] for _ in texts]
+        nested = isinstance(videos, list | tuple) and all(
+            isinstance(row, list | tuple | None.__class__) and not is_frame_list(row) for row in videos
+        )
+        if nested:
+            return self._matching([row or [] for row in videos], len(texts), "video")
+        return share_out(as_video_list(videos), [text.count(self.video_token) for text in texts], "video")
+
+    @staticmethod
+    def _matching(rows: list[Sequence[Any]], count: int, kind: str) -> list[list[Any]]:
+        if len(rows) != count:
+            raise ValueError(f"{len(rows)} lists of {kind}s but {count} texts; pass one list for each text, [] for none")
+        return [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
+
+    def _place(self, texts: list[str], image_rows: list[list[Any]], video_rows: list[list[Any]]) -> None:
+        """Check every text's places against its pictures and videos; mark the one that may go unmarked, in place."""
+        for index, (text, pictures, films) in enumerate(zip(texts, image_rows, video_rows, strict=True)):
+            slots = text.count(self.image_token), text.count(self.video_token)
+            if slots == (len(pictures), len(films)):
+                continue
+            if len(texts) == 1 and slots == (0, 0) and len(pictures) + len(films) == 1:
+                bos = self.tokenizer.bos_token if text.startswith(self.tokenizer.bos_token) else ""
+                texts[0] = bos + (self.image_token if pictures else self.video_token) + text.removeprefix(bos)
+                continue
+            raise ValueError(
+                f"text[{index}] has {slots[0]} places for images but {len(pictures)} images, and {slots[1]} places for "
+                f"videos but {len(films)} videos; mark each image's place with {IMAGE_MARK} (or an image item in the "
+                f"chat), each video's with {self.video_token} (or a video item), and pass them in that order"
+            )
+
+    # For serving engines, which count before they compute.
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """Tokens of pictures of the given (height, width) and of videos of (frames, height, width), all of one prompt.
+
+        `num_image_patches` counts a picture's rows of `pixel_values`: its global view and its tiles.
+        """
+        data: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            hd_num = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("hd_num") or self.image_processor.hd_num
+            most = hd_num or default_hd_num(len(image_sizes) + len(video_sizes or ()))
+            grids = [hd_grid(width, height, most, self.image_processor.tile) for height, width in image_sizes]
+            data["num_image_tokens"] = [self.image_processor.num_tokens(*grid) for grid in grids]
+            data["num_image_patches"] = [1 + rows * cols for rows, cols in grids]
+        if video_sizes is not None:
+            tile = self.video_processor.tile
+            films = [[Image.new("1", (width, height))] * frames for frames, height, width in video_sizes]
+            data["num_video_tokens"] = [self.video_processor.num_tokens(*media_grid(film, tile=tile)) for film in films]
+        return MultiModalData(**data)
+
+
+__all__ = ["InternLMXComposer2Processor"]
