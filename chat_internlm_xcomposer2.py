@@ -1,127 +1,57 @@
-"""The public methods: thin steps over `generate`.
-
-Each call goes the same way: check the arguments, open the pictures, lay out the prompt and check its length (all before
-any compute), embed, generate, cut the answer. Task adapters are an argument of `generate`, so nothing is left switched on.
-
-Legend: T prompt tokens, D decoder width, L image tokens of one picture.
-"""
+"""The public methods: thin steps over `generate`, see `ConversationMixin` for the steps."""
 
 import os
-import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.utils import logging
+from transformers.generation import BaseStreamer, StoppingCriteriaList
 
-from .ixc_utils import image_tokens, load_media, media_grid, stack_tiles, to_pixels
-from .prompting_internlm_xcomposer2 import (
-    CHAT_SYSTEM,
-    IMAGE_MARK,
-    TURN_CLOSE,
-    WRITE_SYSTEM,
-    Prompt,
-    chat_prompt,
-    cut_answer,
-    place_images,
-    tokenize_prompt,
-    tokenize_with,
+from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, seeded
+from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, cut_answer
+from .webpage_internlm_xcomposer2 import (
+    PUBLIC_FILE,
+    RESUME_QUERY,
+    SCREENSHOT_QUERY,
+    SCRIPT_QUERY,
+    add_scripts,
+    page_path,
+    read_resume,
+    real_pictures,
+    write_page,
 )
 
-logger = logging.get_logger(__name__)
 
-ONE_IMAGE_HD_NUM = 24
-MANY_IMAGES_HD_NUM = 6
-PUBLIC_FILE = "auto"  # `output_path` of the webpage methods: the task's own file name, in the working directory
+class TokenQueue(BaseStreamer):
+    """A streamer that passes generated ids from the generating thread to the reading one, one list a step."""
 
-RESUME_QUERY = " Generate a personal page using the content in the resume:"
-SCRIPT_QUERY = " Generate JavaScript events for the html code:"
-SCREENSHOT_QUERY = " Generate the HTML code of this web image with Tailwind CSS."
+    def __init__(self):
+        self.ids: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._prompt_is_next = True
 
-_SCRIPT = re.compile(r"<script\b[^>]*>.*?</script\s*>", re.DOTALL | re.IGNORECASE)
-_PAGE_END = re.compile(r"</body\s*>|</html\s*>", re.IGNORECASE)
-_UNSPLASH = re.compile(r"""https://source\.unsplash\.com/random/(\d+)x(\d+)/\?[^'"]+""")
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_is_next:
+            self.ids.put(value.flatten().tolist())
+        self._prompt_is_next = False
 
-
-class Conversation(NamedTuple):
-    """A prompt with its pictures opened and counted, nothing computed yet."""
-
-    prompt: Prompt
-    pictures: list[Any]
-    hd_num: int
+    def end(self) -> None:
+        self.ids.put(None)
 
 
-def as_list(image: Any) -> list[Any]:
-    """`image=` as a list of pictures: None is none, and one picture needs no list around it."""
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]
+# Defaults of `stream_chat` and `batch_chat`: those of `chat`.
+CHAT_SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 1024,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.8,
+    "repetition_penalty": 1.005,
+}
 
 
-def page_path(task: str, output_path: str | os.PathLike | None) -> Path | None:
-    """Where a webpage goes: None for nowhere.
-
-    Raises:
-        ValueError: a task that is no plain file name.
-        FileNotFoundError: the folder does not exist.
-    """
-    if output_path is None:
-        return None
-    if output_path == PUBLIC_FILE:
-        name = task.replace(" ", "_") + ".html"
-        if not task.strip() or Path(name).name != name or "\\" in name or "\0" in name:
-            raise ValueError(f"task {task!r} does not make a file name; use plain words, or say output_path=")
-        output_path = name
-    path = Path(output_path)
-    if path.is_dir():
-        raise ValueError(f"output_path {str(path)!r} is a folder; name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output_path {str(path)!r}: the folder {str(path.absolute().parent)!r} does not exist")
-    return path
-
-
-def write_page(html: str, path: Path | None) -> str:
-    """Write the page whole or not at all, in UTF-8; returns it."""
-    if path is not None:
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(html, encoding="utf-8")
-        draft.replace(path)
-    return html
-
-
-def real_pictures(html: str) -> str:
-    """The picture service that the model learned to name is gone; its successor takes the same sizes."""
-    return _UNSPLASH.sub(r"https://picsum.photos/\1/\2", html)
-
-
-def add_scripts(html: str, answer: str) -> str:
-    """Put the `<script>` elements of a second answer at the end of the page's body."""
-    scripts = "\n".join(_SCRIPT.findall(answer))
-    if not scripts:
-        logger.warning("The second pass wrote no whole <script>: the page stays as the first pass wrote it.")
-        return html
-    ends = list(_PAGE_END.finditer(html))
-    # Before the first of the closing tags that end the page: `</body></html>` or `</html>` alone.
-    at = ends[0].start() if ends else len(html)
-    return f"{html[:at]}\n{scripts}\n{html[at:]}"
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Sample from `seed` inside, and leave the caller's random state alone. -1: no seed."""
-    if seed == -1:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-class ChatMixin:
-    """`chat`, `write_artical` and the webpage methods of the release, and the embedding helpers its clients use."""
+class ChatMixin(ConversationMixin):
+    """`chat`, `write_artical` and the webpage methods of the release, and `stream_chat` and `batch_chat`."""
 
     @torch.no_grad()
     def chat(
@@ -182,6 +112,117 @@ class ChatMixin:
             **kwargs,
         )
         return answer, [*history, (query, answer)]
+
+    def stream_chat(
+        self,
+        tokenizer=None,
+        query: str = "",
+        image: Any = None,
+        hd_num: int | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        infer_mode: str = "base",
+        use_meta: bool = False,
+        meta_instruction: str = CHAT_SYSTEM,
+        **kwargs,
+    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """As `chat`, but yields (answer so far, history with it) as the answer grows, last what `chat` returns.
+
+        Characters appear whole. The conversation is opened and checked in this call, before the first step. Leaving
+        the iterator early stops the generation; what generation raises is raised here.
+        """
+        history = list(history or ())
+        tokenizer = self._tokenizer(tokenizer)
+        self.config.adapters_of(infer_mode)
+        if kwargs.get("num_beams", 1) != 1:
+            raise ValueError(f"num_beams={kwargs['num_beams']} cannot stream: beams may change what is written already")
+        system = meta_instruction if use_meta else ""
+        conversation = self._open(tokenizer, chat_prompt(query, history, system), image, hd_num)
+        settings = {**CHAT_SETTINGS, **kwargs}
+
+        def stream() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+            queue, left, failure = TokenQueue(), threading.Event(), []
+            stop = StoppingCriteriaList(settings.pop("stopping_criteria", None) or [])
+            stop.append(lambda ids, scores, **_: torch.full((len(ids),), left.is_set(), device=ids.device))
+            device_type = self.device.type
+            autocast = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+
+            def generate() -> None:
+                try:  # a thread starts with PyTorch's own modes, not with the caller's
+                    with torch.no_grad(), torch.autocast(device_type, *autocast):
+                        self._answer(
+                            tokenizer, conversation, infer_mode, streamer=queue, stopping_criteria=stop, **settings
+                        )
+                except BaseException as error:  # noqa: B036 - raised again in the reading thread
+                    failure.append(error)
+                finally:
+                    queue.end()
+
+            thread = threading.Thread(target=generate, name="stream_chat", daemon=True)
+            thread.start()
+            try:
+                ids: list[int] = []
+                while (step := queue.ids.get()) is not None:
+                    ids += step
+                    text = cut_answer(tokenizer.decode(ids, skip_special_tokens=True))
+                    if not text.endswith("\ufffd"):  # half a character: the rest is still to come
+                        yield text, [*history, (query, text)]
+                thread.join()
+                if failure:
+                    raise failure[0]
+                text = cut_answer(tokenizer.decode(ids, skip_special_tokens=True))
+                yield text, [*history, (query, text)]
+            finally:
+                left.set()
+                thread.join()
+
+        return stream()
+
+    @torch.no_grad()
+    def batch_chat(
+        self,
+        tokenizer=None,
+        queries: Sequence[str] = (),
+        images: Sequence[Any] | None = None,
+        histories: Sequence[Sequence[tuple[str, str]]] | None = None,
+        hd_num: int | None = None,
+        infer_mode: str = "base",
+        use_meta: bool = False,
+        meta_instruction: str = CHAT_SYSTEM,
+        **kwargs,
+    ) -> tuple[list[str], list[list[tuple[str, str]]]]:
+        """Answer several conversations at once.
+
+        Args:
+            queries: one query a conversation.
+            images: for each conversation what `chat` takes as `image`; None: no pictures at all.
+            histories: for each conversation its history; None: all begin here.
+            Others: see `chat`.
+
+        Returns:
+            The answers, and the histories with this turn at their ends.
+
+        Raises:
+            ValueError: lists of different lengths, or what `chat` raises, with the row that is wrong.
+        """
+        queries = [queries] if isinstance(queries, str) else list(queries)
+        rows = {"queries": queries, "images": images, "histories": histories}
+        rows = {name: [None] * len(queries) if given is None else list(given) for name, given in rows.items()}
+        if not queries or len({len(given) for given in rows.values()}) > 1:
+            lengths = ", ".join(f"{len(given)} {name}" for name, given in rows.items())
+            raise ValueError(f"batch_chat needs one entry a conversation in each list, got {lengths}")
+        tokenizer = self._tokenizer(tokenizer)
+        self.config.adapters_of(infer_mode)
+        system = meta_instruction if use_meta else ""
+        conversations = []
+        for index, (query, image, history) in enumerate(zip(*rows.values(), strict=True)):
+            try:
+                text = chat_prompt(query, history or (), system)
+                conversations.append(self._open(tokenizer, text, image, hd_num))
+            except (ValueError, FileNotFoundError, TypeError) as error:
+                raise type(error)(f"conversation {index}: {error}") from error
+        answers = self._answer_batch(tokenizer, conversations, infer_mode, **{**CHAT_SETTINGS, **kwargs})
+        turns = zip(rows["histories"], queries, answers, strict=True)
+        return answers, [[*(history or ()), (query, answer)] for history, query, answer in turns]
 
     @torch.no_grad()
     def write_artical(
@@ -295,15 +336,7 @@ class ChatMixin:
             FileNotFoundError: no such resume. ValueError: it is empty or no UTF-8 text.
         """
         path = page_path(task, output_path)
-        resume = Path(inst)
-        if not resume.is_file():
-            raise FileNotFoundError(f"resume {str(inst)!r} is no file; pass the path of a Markdown file")
-        try:
-            text = resume.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"resume {str(inst)!r} is no UTF-8 text ({error}); save it as Markdown in UTF-8") from error
-        if not text.strip():
-            raise ValueError(f"resume {str(inst)!r} is empty")
+        text = read_resume(inst)
         settings = dict(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
@@ -363,122 +396,3 @@ class ChatMixin:
         """One pass with the web adapter."""
         with seeded(seed):
             return self.chat(tokenizer, query, image, use_meta=use_meta, infer_mode="web", **kwargs)[0]
-
-    # The steps of a call.
-
-    def _tokenizer(self, tokenizer):
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "no tokenizer: pass tokenizer=, or set model.tokenizer = AutoTokenizer.from_pretrained(path, "
-                "trust_remote_code=True) once"
-            )
-        return tokenizer
-
-    def _open(
-        self, tokenizer, text: str, image: Any, hd_num: int | None, max_length: int | None = None
-    ) -> Conversation:
-        """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's)."""
-        images = as_list(image)
-        pieces = place_images(text, len(images))
-        if hd_num is None:
-            hd_num = ONE_IMAGE_HD_NUM if len(images) < 2 else MANY_IMAGES_HD_NUM
-        pictures = [load_media(source) for source in images]
-        lengths = self._image_lengths(pictures, hd_num)
-        placeholders = [self.config.image_token_id] * len(pictures)
-        prompt = tokenize_prompt(pieces, lengths, placeholders, tokenize_with(tokenizer))
-        limit = max_length or self.config.context_length
-        if len(prompt.input_ids) >= limit:
-            raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num))
-        return Conversation(prompt, pictures, hd_num)
-
-    def _image_lengths(self, pictures: list[Any], hd_num: int) -> list[int]:
-        grids = [media_grid(picture, hd_num, self.config.tile) for picture in pictures]
-        return [image_tokens(rows, cols, self.config.tokens_per_side) for rows, cols in grids]
-
-    def _too_long(self, length: int, of_images: int, limit: int, pictures: list[Any], hd_num: int) -> str:
-        """What to do about a prompt of `length` tokens where fewer than `limit` fit."""
-        message = f"the prompt has {length} tokens ({of_images} of them image tokens), but max_length is {limit}; "
-        for fewer in range(hd_num - 1, 0, -1):
-            if length - of_images + sum(self._image_lengths(pictures, fewer)) < limit:
-                return message + f"hd_num={fewer} would fit (hd_num is {hd_num} now)"
-        return message + "shorten the text or the history" + (", or pass fewer images" if pictures else "")
-
-    def _answer(self, tokenizer, conversation: Conversation, infer_mode: str, do_sample: bool, **kwargs) -> str:
-        """Embed the conversation, generate, and cut the answer.
-
-        Generation starts from embeddings: a repetition penalty sees generated tokens alone, as in the release.
-        """
-        if not do_sample:  # transformers warns about sampling settings that have no effect
-            for name in ("temperature", "top_p", "top_k"):
-                kwargs.pop(name, None)
-        kwargs.setdefault("eos_token_id", [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_CLOSE)])
-        kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
-        kwargs.setdefault("use_cache", True)  # some releases' config says no, and every step would start over
-        inputs_embeds, image_mask = self._embed(conversation)
-        generated = self.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=torch.ones_like(image_mask),
-            mm_token_type_ids=image_mask,
-            infer_mode=infer_mode,
-            do_sample=do_sample,
-            **kwargs,
-        )
-        return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
-
-    def _embed(self, conversation: Conversation) -> tuple[Tensor, Tensor]:
-        """Embeddings of a conversation (1, T, D) and its image mask (1, T), 1 at image tokens."""
-        prompt, pictures, hd_num = conversation
-        embedding = self.get_input_embeddings()
-        input_ids = torch.tensor([prompt.input_ids], device=embedding.weight.device)
-        inputs_embeds = embedding(input_ids)
-        image_mask = torch.zeros_like(input_ids)
-        if pictures:
-            pixels = [to_pixels(picture, hd_num, self.config.tile, self.font) for picture in pictures]
-            tiles, grids = stack_tiles(pixels, self.config.tile)
-            features = self.get_image_features(tiles.to(self.device), grids, return_dict=True).pooler_output
-            for (start, end), feature in zip(prompt.image_spans, features, strict=True):
-                inputs_embeds[0, start:end] = feature.to(inputs_embeds)
-                image_mask[0, start:end] = 1
-        return inputs_embeds, image_mask
-
-    # Embedding helpers of the release's clients.
-
-    def encode_text(self, text: str, add_special_tokens: bool = False) -> Tensor:
-        """Text -> token embeddings (1, T, D), with `model.tokenizer`."""
-        tokens = self._tokenizer(None)(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
-        embedding = self.get_input_embeddings()
-        return embedding(tokens.to(embedding.weight.device))
-
-    def encode_img(self, image: Any, hd_num: int | None = None) -> Tensor | None:
-        """One picture or video (anything `chat` takes; None stays None) -> embeddings (1, L, D)."""
-        if image is None:
-            return None
-        pixels = to_pixels(load_media(image), hd_num or self.hd_num, self.config.tile, self.font)
-        return self.img2emb(pixels[None])[0]
-
-    def img2emb(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (1, 3, H, W) -> embeddings (1, L, D), attention mask of ones (1, L), labels of -100 (1, L)."""
-        merged, _ = self.vit([image], self.plora_glb_GN, self.plora_sub_GN)
-        embeds = self.vision_proj(merged)
-        ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        return embeds, ones, -100 * ones
-
-    def interleav_wrap_chat(
-        self,
-        query: str,
-        image: Any,
-        history: Sequence[tuple[str, str]] = (),
-        meta_instruction: str = "",
-        max_length: int = 16384,
-        hd_num: int | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor, int]:
-        """A conversation's embeddings as the release's clients take them (the spelling is the public one).
-
-        Returns:
-            {"inputs_embeds": (1, T, D)}, the image mask (1, T) bool, and T.
-        """
-        tokenizer = self._tokenizer(None)
-        text = chat_prompt(query, history, meta_instruction)
-        inputs_embeds, image_mask = self._embed(self._open(tokenizer, text, image, hd_num, max_length))
-        return {"inputs_embeds": inputs_embeds}, image_mask.bool(), inputs_embeds.shape[1]

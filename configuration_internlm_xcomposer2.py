@@ -32,8 +32,8 @@ class InternLM2Config(PretrainedConfig):
         plora_rank, plora_alpha, plora_dropout: partial LoRA of every linear, applied to image tokens alone
             (InternLM-XComposer2, arXiv:2401.16420, section 3.1).
         task_adapter_ranks: rank of each task adapter the checkpoint carries; `{}` for none.
-        rope_parameters: `rope_type` "default" or "dynamic" (with `factor`), and `rope_theta`. The legacy `rope_theta` and
-            `rope_scaling` keys are folded in.
+        rope_parameters: `rope_type` "default" or "dynamic" (with `factor`), and `rope_theta`. The legacy keys
+            `rope_theta` and `rope_scaling` are folded in.
 
     Raises:
         ValueError: sizes that do not divide, ranks that are no positive integers, another `rope_type`.
@@ -150,8 +150,8 @@ class InternLM2Config(PretrainedConfig):
         here = sorted(self.task_adapter_ranks) or "none"
         if infer_mode in INFER_MODES:
             raise ValueError(
-                f"infer_mode={infer_mode!r} needs the task adapters {list(adapters)}, but this checkpoint lacks {missing} "
-                f"(it has {here}); use infer_mode='base' or a checkpoint that carries them"
+                f"infer_mode={infer_mode!r} needs the task adapters {list(adapters)}, but this checkpoint lacks "
+                f"{missing} (it has {here}); use infer_mode='base' or a checkpoint that carries them"
             )
         modes = sorted({*INFER_MODES, *self.task_adapter_ranks})
         raise ValueError(f"unknown infer_mode {infer_mode!r}; use one of {modes} (task adapters here: {here})")

@@ -1,12 +1,11 @@
 """How a prompt is run before the first token: once however many beams follow, in chunks, continuing a cache.
 
-transformers runs a prompt as one forward call on as many copies as there are beams. `PrefillMixin` puts itself at that one
-point of `generate` (`_prefill`); decoding stays transformers'.
+transformers runs a prompt as one forward call on as many copies as there are beams. `PrefillMixin` puts itself at that
+one point of `generate` (`_prefill`); decoding stays transformers'.
 
 Legend: B prompts, C copies of each (beams or returned sequences), T prompt tokens, D decoder width.
 """
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -65,9 +64,16 @@ class PrefillMixin:
         pictures = {name: inputs.get(name) for name in PICTURE_INPUTS}
         return self.model.embed(input_ids[::repeat], **pictures).repeat_interleave(repeat, dim=0)
 
-    def _run_prompt(self, embeds: Tensor, inputs: dict, cache) -> CausalLMOutputWithPast:
-        """Run embeddings (B, T, D) chunk by chunk into the cache, from where the cache ends."""
+    def _run_prompt(
+        self, embeds: Tensor, inputs: dict, cache, stop: int | None = None
+    ) -> CausalLMOutputWithPast | None:
+        """Run embeddings (B, T, D) chunk by chunk into the cache, from where the cache ends.
+
+        Args:
+            stop: end after this many positions and read no logits; None: run all, return the last position's.
+        """
         seen, total = cache.get_seq_length(), embeds.shape[1]
+        stop = total if stop is None else stop
         mask, types = inputs.get("attention_mask"), inputs.get("mm_token_type_ids")
         positions = inputs["position_ids"].expand(embeds.shape[0], -1)[:, -total:]
         step = self.prefill_chunk or total
@@ -79,14 +85,15 @@ class PrefillMixin:
             "rope_length": positions[:, -1:] + 1,
             **{name: inputs[name] for name in ("output_attentions", "output_hidden_states") if inputs.get(name)},
         }
-        for start in range(seen, total, step):
-            end = min(start + step, total)
+        for start in range(seen, stop, step):
+            end = min(start + step, stop)
             chunk = {
                 "inputs_embeds": embeds[:, start:end],
                 "position_ids": positions[:, start:end],
                 "attention_mask": mask[:, :end] if mask is not None and mask.ndim == 2 else mask,
                 "mm_token_type_ids": None if types is None else types[:, start:end],
             }
-            if end < total:
-                self.model(**chunk, **common)
-        return self(**chunk, **common, logits_to_keep=1, return_dict=True)
+            if end == total:
+                return self(**chunk, **common, logits_to_keep=1, return_dict=True)
+            self.model(**chunk, **common)
+        return None

@@ -65,9 +65,7 @@ class RotaryEmbedding(nn.Module):
         return base**-exponents
 
     @torch.no_grad()
-    def forward(
-        self, position_ids: Tensor, dtype: torch.dtype, length: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, position_ids: Tensor, dtype: torch.dtype, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T) positions -> cos, sin (B, 1, T, E): angles in fp32, returned in `dtype`.
 
         Args:
@@ -85,7 +83,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Plain attention for the registry: heads (B, H, T, E) and (B, K, S, E) -> (B, T, H, E) and weights (B, H, T, S)."""
+    """Plain attention: queries (B, H, T, E), keys, values (B, K, S, E) -> (B, T, H, E) and weights (B, H, T, S)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling

@@ -27,6 +27,7 @@ from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
 from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles
 from .modeling_internlm2 import InternLM2Model
+from .reuse_internlm_xcomposer2 import ReuseStore
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
 RENAMINGS = [
@@ -245,6 +246,7 @@ class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin
         self.model = InternLMXComposer2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.tokenizer = None  # set by the caller, or passed to the public methods
+        self.reuse = ReuseStore()  # what past conversations leave for their next turns
         self.hd_num = 24  # tiles of `encode_img` when it is not told
         self.post_init()
 

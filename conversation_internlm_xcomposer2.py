@@ -1,0 +1,336 @@
+"""From a conversation to an answer: open, check, embed, generate, cut. The public methods stand on this.
+
+Everything that can be wrong with a call is found by `_open`, before any compute. Task adapters are an argument of
+`generate`, so nothing is left switched on. Generation starts from embeddings: a repetition penalty sees generated
+tokens alone, as in the release.
+
+Legend: B conversations, T prompt tokens, D decoder width, L image tokens of one picture.
+"""
+
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from .ixc_utils import image_tokens, load_media, media_grid, stack_tiles, to_pixels
+from .prompting_internlm_xcomposer2 import (
+    TURN_CLOSE,
+    Prompt,
+    chat_prompt,
+    cut_answer,
+    place_images,
+    tokenize_prompt,
+    tokenize_with,
+)
+from .reuse_internlm_xcomposer2 import ReuseStore, crop, digest, row_of, stack, weights_stamp
+
+ONE_IMAGE_HD_NUM = 24
+MANY_IMAGES_HD_NUM = 6
+
+# That the penalty spares the prompt is what the release does.
+warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+
+
+class Conversation(NamedTuple):
+    """A prompt with its pictures opened and counted, nothing computed yet."""
+
+    prompt: Prompt
+    pictures: list[Any]
+    digests: list[bytes]
+    hd_num: int
+
+    @property
+    def key(self) -> list[Hashable]:
+        """What the rows of this prompt's cache depend on: token ids, and the picture's digest at its tokens."""
+        key: list[Hashable] = list(self.prompt.input_ids)
+        for (start, end), content in zip(self.prompt.image_spans, self.digests, strict=True):
+            key[start:end] = [content] * (end - start)
+        return key
+
+
+def as_list(image: Any) -> list[Any]:
+    """`image=` as a list of pictures: None is none, and one picture needs no list around it."""
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Sample from `seed` inside, and leave the caller's random state alone. -1: no seed."""
+    if seed == -1:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class ConversationMixin:
+    """The steps of a call, and the embedding helpers that the release's clients use."""
+
+    tokenizer: Any
+    reuse: ReuseStore
+
+    def _tokenizer(self, tokenizer):
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "no tokenizer: pass tokenizer=, or set model.tokenizer = AutoTokenizer.from_pretrained(path, "
+                "trust_remote_code=True) once"
+            )
+        return tokenizer
+
+    def _open(
+        self, tokenizer, text: str, image: Any, hd_num: int | None, max_length: int | None = None
+    ) -> Conversation:
+        """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's)."""
+        images = as_list(image)
+        pieces = place_images(text, len(images))
+        if hd_num is None:
+            hd_num = ONE_IMAGE_HD_NUM if len(images) < 2 else MANY_IMAGES_HD_NUM
+        pictures = [load_media(source) for source in images]
+        lengths = self._image_lengths(pictures, hd_num)
+        placeholders = [self.config.image_token_id] * len(pictures)
+        prompt = tokenize_prompt(pieces, lengths, placeholders, tokenize_with(tokenizer))
+        limit = max_length or self.config.context_length
+        if len(prompt.input_ids) >= limit:
+            raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num))
+        digests = [digest(picture, hd_num, self.config.tile) for picture in pictures]
+        return Conversation(prompt, pictures, digests, hd_num)
+
+    def _image_lengths(self, pictures: list[Any], hd_num: int) -> list[int]:
+        grids = [media_grid(picture, hd_num, self.config.tile) for picture in pictures]
+        return [image_tokens(rows, cols, self.config.tokens_per_side) for rows, cols in grids]
+
+    def _too_long(self, length: int, of_images: int, limit: int, pictures: list[Any], hd_num: int) -> str:
+        """What to do about a prompt of `length` tokens where fewer than `limit` fit."""
+        message = f"the prompt has {length} tokens ({of_images} of them image tokens), but max_length is {limit}; "
+        for fewer in range(hd_num - 1, 0, -1):
+            if length - of_images + sum(self._image_lengths(pictures, fewer)) < limit:
+                return message + f"hd_num={fewer} would fit (hd_num is {hd_num} now)"
+        return message + "shorten the text or the history" + (", or pass fewer images" if pictures else "")
+
+    def _pixels(self, picture: Any, hd_num: int) -> Tensor:
+        """An opened picture -> pixels (3, H, W)."""
+        return to_pixels(picture, hd_num, self.config.tile, self.font)
+
+    def _features(self, conversation: Conversation, stamp: Hashable, seen: int) -> list[Tensor | None]:
+        """Each picture's embeddings (L, D), kept or newly computed; None where the cache has its rows already."""
+        needed = [end > seen for _, end in conversation.prompt.image_spans]
+        keys = [(stamp, content) for content in conversation.digests]
+        keep = self.reuse.picture_bytes > 0 and not torch.is_grad_enabled()
+        found = [self.reuse.picture(key) if need and keep else None for key, need in zip(keys, needed, strict=True)]
+        missing = [i for i, need in enumerate(needed) if need and found[i] is None]
+        if missing:
+            pixels = [self._pixels(conversation.pictures[i], conversation.hd_num) for i in missing]
+            tiles, grids = stack_tiles(pixels, self.config.tile)
+            features = self.get_image_features(tiles.to(self.device), grids, return_dict=True).pooler_output
+            for i, feature in zip(missing, features, strict=True):
+                found[i] = feature
+                if keep:
+                    self.reuse.keep_picture(keys[i], feature)
+        return found
+
+    def _embed(self, conversation: Conversation, stamp: Hashable, seen: int = 0) -> tuple[Tensor, Tensor]:
+        """Embeddings of a conversation (1, T, D) and its image mask (1, T), 1 at image tokens.
+
+        Args:
+            seen: positions that a cache holds: pictures that end before are not embedded.
+        """
+        embedding = self.get_input_embeddings()
+        input_ids = torch.tensor([conversation.prompt.input_ids], device=embedding.weight.device)
+        inputs_embeds = embedding(input_ids)
+        image_mask = torch.zeros_like(input_ids)
+        spans = conversation.prompt.image_spans
+        for (start, end), feature in zip(spans, self._features(conversation, stamp, seen), strict=True):
+            image_mask[0, start:end] = 1
+            if feature is not None:
+                inputs_embeds[0, start:end] = feature.to(inputs_embeds)
+        return inputs_embeds, image_mask
+
+    def _stamp(self) -> Hashable:
+        """What kept tensors depend on besides the conversation and the adapter; None where nothing is kept."""
+        if not self.reuse.enabled:
+            return None
+        device_type = self.device.type
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        return weights_stamp(self), autocast, self.training, self.config._attn_implementation
+
+    def _may_reuse(self, length: int) -> bool:
+        """Whether rows of a prompt of `length` tokens are the same in every longer prompt.
+
+        Beyond `max_position_embeddings` dynamic rope turns the whole prompt by its length.
+        """
+        text_config = self.config.text_config
+        dynamic = text_config.rope_parameters["rope_type"] == "dynamic"
+        return self.reuse.prefix_bytes > 0 and (not dynamic or length <= text_config.max_position_embeddings)
+
+    @staticmethod
+    def _settings(tokenizer, do_sample: bool, kwargs: dict) -> dict:
+        """Generation settings with the stops and defaults of a chat."""
+        if not do_sample:  # transformers warns about sampling settings that have no effect
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("temperature", "top_p", "top_k")}
+        return {
+            "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_CLOSE)],
+            "pad_token_id": tokenizer.pad_token_id,
+            "use_cache": True,  # some releases' config says no, and every step would start over
+            "do_sample": do_sample,
+            **kwargs,
+        }
+
+    def _answer(self, tokenizer, conversation: Conversation, infer_mode: str, do_sample: bool, **kwargs) -> str:
+        """Generate after one conversation and cut the answer; keeps its cache for the next turn."""
+        settings = self._settings(tokenizer, do_sample, kwargs)
+        if settings.get("prompt_lookup_num_tokens") or settings.get("assistant_model"):
+            return self._answer_from_ids(tokenizer, conversation, infer_mode, settings)
+        stamp = self._stamp()
+        length = len(conversation.prompt.input_ids)
+        own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
+        reusable = not own_cache and self._may_reuse(length)
+        cache = None
+        if reusable:
+            cache = self.reuse.take(conversation.key, (stamp, infer_mode)) or DynamicCache(config=self.config)
+            settings["past_key_values"] = cache
+        inputs_embeds, image_mask = self._embed(conversation, stamp, cache.get_seq_length() if cache else 0)
+        generated = self.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=torch.ones_like(image_mask),
+            mm_token_type_ids=image_mask,
+            infer_mode=infer_mode,
+            **settings,
+        )
+        generated = generated if isinstance(generated, Tensor) else generated.sequences
+        if cache is not None:
+            self._keep(conversation, generated[0].tolist(), (stamp, infer_mode), cache)
+        return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
+
+    def _keep(self, conversation: Conversation, answer: list[int], stamp: Hashable, cache: DynamicCache, row: int = 0):
+        """Keep one row of a cache for the next turn: the prompt, and the answer where one row made it."""
+        prompt = len(conversation.prompt.input_ids)
+        batched = len(cache.layers[0].keys) > 1
+        key = [*conversation.key, *answer]
+        limit = self.config.text_config.max_position_embeddings
+        end = len(key) if self._may_reuse(len(key)) else limit
+        if batched:  # beams have traded places since the prompt, which they share
+            cache = row_of(cache, row, 0, prompt)
+        crop(cache, min(end, cache.get_seq_length()))
+        self.reuse.keep(key, stamp, cache)
+
+    def _answer_from_ids(self, tokenizer, conversation: Conversation, infer_mode: str, settings: dict) -> str:
+        """Generate from token ids, where drafts are looked up in the prompt; the penalty still spares the prompt."""
+        prompt, pictures, _, hd_num = conversation
+        input_ids = torch.tensor([prompt.input_ids], device=self.get_input_embeddings().weight.device)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if pictures:
+            pixels = [self._pixels(picture, hd_num) for picture in pictures]
+            tiles, inputs["image_grid_thw"] = stack_tiles(pixels, self.config.tile)
+            inputs["pixel_values"] = tiles.to(self.device)
+            inputs["mm_token_type_ids"] = self.model.image_slots(input_ids).long()
+        penalty = settings.pop("repetition_penalty", 1.0)
+        processors = LogitsProcessorList(settings.pop("logits_processor", None) or [])
+        if penalty != 1.0:
+            length = len(prompt.input_ids)
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=length))
+        generated = self.generate(**inputs, infer_mode=infer_mode, logits_processor=processors, **settings)
+        generated = generated if isinstance(generated, Tensor) else generated.sequences
+        return cut_answer(tokenizer.decode(generated[0, input_ids.shape[1] :], skip_special_tokens=True))
+
+    def _answer_batch(
+        self, tokenizer, conversations: list[Conversation], infer_mode: str, do_sample: bool, **kwargs
+    ) -> list[str]:
+        """Generate after several conversations at once.
+
+        Each prompt runs by itself, continuing its own cache, so that neither padding nor a longer neighbour costs
+        anything; their caches are then stacked, and the rows decode together.
+        """
+        settings = self._settings(tokenizer, do_sample, kwargs)
+        stamp = self._stamp()
+        caches, last = [], []
+        for conversation in conversations:
+            length = len(conversation.prompt.input_ids)
+            cache = self.reuse.take(conversation.key, (stamp, infer_mode)) if self._may_reuse(length) else None
+            cache = cache or DynamicCache(config=self.config)
+            embeds, image_mask = self._embed(conversation, stamp, cache.get_seq_length())
+            positions = torch.arange(length, device=embeds.device)[None]
+            inputs = {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}
+            self._run_prompt(embeds, inputs, cache, stop=length - 1)
+            caches.append(cache)
+            last.append(embeds[:, -1:])
+        lengths = [len(conversation.prompt.input_ids) for conversation in conversations]
+        longest = max(lengths)
+        starts = [longest - length for length in lengths]
+        batch = stack(caches)
+        caches.clear()
+        embeds = torch.cat(last).new_zeros(len(lengths), longest, last[0].shape[-1])
+        embeds[:, -1:] = torch.cat(last)
+        mask = torch.arange(longest, device=embeds.device)[None] >= torch.tensor(starts, device=embeds.device)[:, None]
+        generated = self.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            past_key_values=batch,
+            infer_mode=infer_mode,
+            **settings,
+        )
+        generated = generated if isinstance(generated, Tensor) else generated.sequences
+        copies = len(batch.layers[0].keys) // len(lengths)
+        returned = len(generated) // len(lengths)
+        for i, (conversation, start) in enumerate(zip(conversations, starts, strict=True)):
+            if self._may_reuse(lengths[i]):
+                row = row_of(batch, i * copies, start, batch.get_seq_length())
+                crop(row, lengths[i] if copies > 1 else row.get_seq_length())
+                answer = [] if copies > 1 else generated[i * returned].tolist()
+                self._keep(conversation, answer, (stamp, infer_mode), row)
+        rows = generated[::returned]
+        return [cut_answer(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    # Embedding helpers of the release's clients.
+
+    def encode_text(self, text: str, add_special_tokens: bool = False) -> Tensor:
+        """Text -> token embeddings (1, T, D), with `model.tokenizer`."""
+        tokens = self._tokenizer(None)(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
+        embedding = self.get_input_embeddings()
+        return embedding(tokens.to(embedding.weight.device))
+
+    def encode_img(self, image: Any, hd_num: int | None = None) -> Tensor | None:
+        """One picture or video (anything `chat` takes; None stays None) -> embeddings (1, L, D).
+
+        Args:
+            hd_num: most tiles; None takes `model.hd_num`.
+        """
+        if image is None:
+            return None
+        pixels = self._pixels(load_media(image), self.hd_num if hd_num is None else hd_num)
+        return self.img2emb(pixels[None])[0]
+
+    def img2emb(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (1, 3, H, W) -> embeddings (1, L, D), attention mask of ones (1, L), labels of -100 (1, L)."""
+        merged, _ = self.vit([image], self.plora_glb_GN, self.plora_sub_GN)
+        embeds = self.vision_proj(merged)
+        ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return embeds, ones, -100 * ones
+
+    def interleav_wrap_chat(
+        self,
+        query: str,
+        image: Any,
+        history: Sequence[tuple[str, str]] = (),
+        meta_instruction: str = "",
+        max_length: int = 16384,
+        hd_num: int | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor, int]:
+        """A conversation's embeddings as the release's clients take them (the spelling is the public one).
+
+        Returns:
+            {"inputs_embeds": (1, T, D)}, the image mask (1, T) bool, and T.
+        """
+        tokenizer = self._tokenizer(None)
+        text = chat_prompt(query, history, meta_instruction)
+        conversation = self._open(tokenizer, text, image, hd_num, max_length)
+        inputs_embeds, image_mask = self._embed(conversation, self._stamp())
+        return {"inputs_embeds": inputs_embeds}, image_mask.bool(), inputs_embeds.shape[1]

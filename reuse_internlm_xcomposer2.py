@@ -1,0 +1,166 @@
+"""What a conversation leaves behind for its next turn: key/value caches and picture embeddings, within byte limits.
+
+A cache is found again by the longest common prefix of token ids and pictures, a picture by its content. Whatever else
+the stored tensors depend on (weights, adapter, dtype, device, attention) is part of a stamp: another one finds nothing.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+Key = Sequence[Hashable]  # a conversation: token ids, and for each token of a picture the picture's digest
+
+
+class Prefix(NamedTuple):
+    """One past conversation: what its rows are, what they depend on, and the rows."""
+
+    key: list[Hashable]
+    stamp: Hashable
+    cache: DynamicCache
+
+
+def digest(picture: Any, *settings: Hashable) -> bytes:
+    """Content of an opened picture or video (see `ixc_utils.load_media`), and the settings that shape its tokens."""
+    content = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for part in picture if isinstance(picture, list) else [picture]:
+        if isinstance(part, Image.Image):
+            pixels: Any = np.ascontiguousarray(np.asarray(part))
+        else:
+            pixels = part.detach().cpu().contiguous().view(torch.uint8).numpy()
+        content.update(f"{type(part).__name__} {pixels.shape} {getattr(part, 'dtype', '')}".encode())
+        content.update(pixels.data)
+    return content.digest()
+
+
+@torch.no_grad()
+def weights_stamp(model: nn.Module) -> Hashable:
+    """Changes when a weight does: each parameter's identity and version, and one number out of each.
+
+    The number catches changes that PyTorch does not count (through `.data`). Adapters of PEFT that are switched on, off
+    or merged count too.
+    """
+    identity, samples = [], {}
+    for parameter in model.parameters():
+        version = 0 if parameter.is_inference() else parameter._version
+        identity.append((parameter.data_ptr(), version, parameter.dtype, parameter.device))
+        if type(parameter.data) is Tensor and parameter.numel() and not parameter.is_meta:
+            middle = parameter.data[tuple(size // 2 for size in parameter.shape)]
+            samples.setdefault(parameter.device, []).append(middle.float())
+    values = tuple(tuple(torch.stack(row).tolist()) for row in samples.values())
+    tuners = tuple(
+        (str(module.active_adapters), str(getattr(module, "merged_adapters", "")), module.disable_adapters)
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
+    )
+    return hash((tuple(identity), values, tuners))
+
+
+def common_prefix(one: Key, other: Key) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of the keys and values of a cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def crop(cache: DynamicCache, length: int) -> None:
+    """Keep the first `length` positions (the negative form of `crop` is the one all versions know)."""
+    surplus = cache.get_seq_length() - length
+    if surplus > 0:
+        cache.crop(-surplus)
+
+
+def row_of(cache: DynamicCache, row: int, start: int, end: int) -> DynamicCache:
+    """One row's positions [start, end) of a batch's cache, copied, so that the batch's memory is free to go."""
+    at = slice(row, row + 1), slice(None), slice(start, end)
+    return DynamicCache([(layer.keys[at], layer.values[at]) for layer in cache.layers])  # copies as it fills its layers
+
+
+def stack(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """Caches of one row each -> one batch, filled up with zeros on the left (masked out by the attention mask)."""
+    longest = max(cache.get_seq_length() for cache in caches)
+
+    def batch(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(t, (0, 0, longest - t.shape[-2], 0)) for t in tensors])
+
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return DynamicCache([(batch([la.keys for la in row]), batch([la.values for la in row])) for row in layers])
+
+
+class ReuseStore:
+    """Past conversations and pictures of one model. The oldest goes first when a limit is reached.
+
+    Args:
+        prefix_bytes: most bytes of key/value caches; 0 keeps none. The default holds the 7B model's longest default
+            conversation (16 k tokens at 128 KiB) beside its weights on a 24 GB card.
+        picture_bytes: most bytes of picture embeddings; 0 keeps none.
+    """
+
+    def __init__(self, prefix_bytes: int = 2 << 30, picture_bytes: int = 512 << 20):
+        self.prefix_bytes = prefix_bytes
+        self.picture_bytes = picture_bytes
+        self._prefixes: list[Prefix] = []
+        self._pictures: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything may be kept."""
+        return self.prefix_bytes > 0 or self.picture_bytes > 0
+
+    def disable(self) -> None:
+        """Keep nothing, from now on."""
+        self.prefix_bytes = self.picture_bytes = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything and free its memory."""
+        self._prefixes.clear()
+        self._pictures.clear()
+
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        pictures = sum(embeds.nbytes for embeds in self._pictures.values())
+        return pictures + sum(cache_bytes(prefix.cache) for prefix in self._prefixes)
+
+    def take(self, key: Key, stamp: Hashable) -> DynamicCache | None:
+        """Hand out the cache that shares the longest prefix with `key`, cut to it, one position short of `key` at most.
+
+        It leaves the store: the caller lets it grow, and may `keep` it again.
+        """
+        found, shared = None, 0
+        for prefix in self._prefixes:
+            length = min(common_prefix(prefix.key, key), len(key) - 1) if prefix.stamp == stamp else 0
+            if length > shared:
+                found, shared = prefix, length
+        if found is None:
+            return None
+        self._prefixes = [prefix for prefix in self._prefixes if prefix is not found]
+        crop(found.cache, shared)
+        return found.cache
+
+    def keep(self, key: list[Hashable], stamp: Hashable, cache: DynamicCache) -> None:
+        """Keep a conversation's cache, unless it alone is over the limit."""
+        self._prefixes.append(Prefix(key[: cache.get_seq_length()], stamp, cache))
+        while self._prefixes and sum(cache_bytes(prefix.cache) for prefix in self._prefixes) > self.prefix_bytes:
+            self._prefixes.pop(0)
+
+    def picture(self, key: Hashable) -> Tensor | None:
+        """Embeddings (L, D) of a picture seen before."""
+        if key in self._pictures:
+            self._pictures.move_to_end(key)
+        return self._pictures.get(key)
+
+    def keep_picture(self, key: Hashable, embeds: Tensor) -> None:
+        """Keep a picture's embeddings (L, D)."""
+        self._pictures[key] = embeds.clone()  # not a view of its whole batch
+        while self._pictures and sum(kept.nbytes for kept in self._pictures.values()) > self.picture_bytes:
+            self._pictures.popitem(last=False)
