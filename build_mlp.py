@@ -4,6 +4,10 @@ Legend: N tiles, P patches along a side of a tile, S = P / 2 tokens along a side
 B batch, T tokens, R rows = image tokens of the whole batch, h x w tiles of one picture.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +67,20 @@ def build_projector(config: InternLMXcomposer2Config) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4 * config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
 
 
+# Names of the task adapters that linears are built with; None: all of the config's.
+_RESIDENT: ContextVar[tuple[str, ...] | None] = ContextVar("resident task adapters", default=None)
+
+
+@contextmanager
+def resident_task_adapters(names: tuple[str, ...] | None) -> Iterator[None]:
+    """Build linears with these task adapters only; the others join later (see `TaskAdapterMixin`)."""
+    token = _RESIDENT.set(names)
+    try:
+        yield
+    finally:
+        _RESIDENT.reset(token)
+
+
 class AdaptedLinear(nn.Module):
     """A linear with partial LoRA for image tokens and task adapters for every token.
 
@@ -79,7 +97,8 @@ class AdaptedLinear(nn.Module):
         self.Plora_B = nn.Linear(config.plora_rank, out_features, bias=False)
         self.plora_scale = config.plora_alpha / config.plora_rank
         self.plora_dropout = config.plora_dropout
-        ranks = config.task_adapter_ranks
+        resident = _RESIDENT.get()
+        ranks = {n: r for n, r in config.task_adapter_ranks.items() if resident is None or n in resident}
         self.task_A = nn.ModuleDict({name: nn.Linear(in_features, rank, bias=False) for name, rank in ranks.items()})
         self.task_B = nn.ModuleDict({name: nn.Linear(rank, out_features, bias=False) for name, rank in ranks.items()})
 

@@ -43,14 +43,15 @@ class InternLM2Config(PretrainedConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values"]
     ignore_keys_at_rope_validation = {"mrope_section"}
-    # The large weights of each linear are split; task adapters and the low side of partial LoRA are replicated.
+    # Tensor parallelism splits each linear and the side of its adapters that has its width; the low side is replicated.
     base_model_tp_plan = {
-        f"layers.*.{block}.{name}": style
-        for block, colwise, rowwise in (("attention", ["wqkv"], ["wo"]), ("feed_forward", ["w1", "w3"], ["w2"]))
-        for name, style in [
-            *((f"{linear}.{part}", "colwise") for linear in colwise for part in ("linear", "Plora_B")),
-            *((f"{linear}.{part}", "rowwise") for linear in rowwise for part in ("linear", "Plora_A")),
-        ]
+        f"layers.*.{linear}.{part}": style
+        for style, linears, parts in (
+            ("colwise", ("attention.wqkv", "feed_forward.w1", "feed_forward.w3"), ("linear", "Plora_B", "task_B.*")),
+            ("rowwise", ("attention.wo", "feed_forward.w2"), ("linear", "Plora_A", "task_A.*")),
+        )
+        for linear in linears
+        for part in parts
     }
     base_model_pp_plan = {
         "tok_embeddings": (["input_ids"], ["inputs_embeds"]),

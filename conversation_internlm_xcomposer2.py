@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from .ixc_utils import image_tokens, load_media, media_grid, stack_tiles, to_pixels
+from .ixc_utils import default_hd_num, image_tokens, load_media, media_grid, stack_tiles, to_pixels
 from .prompting_internlm_xcomposer2 import (
     TURN_CLOSE,
     Prompt,
@@ -28,9 +28,6 @@ from .prompting_internlm_xcomposer2 import (
     tokenize_with,
 )
 from .reuse_internlm_xcomposer2 import ReuseStore, crop, digest, row_of, stack, weights_stamp
-
-ONE_IMAGE_HD_NUM = 24
-MANY_IMAGES_HD_NUM = 6
 
 # That the penalty spares the prompt is what the release does.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
@@ -92,8 +89,7 @@ class ConversationMixin:
         """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's)."""
         images = as_list(image)
         pieces = place_images(text, len(images))
-        if hd_num is None:
-            hd_num = ONE_IMAGE_HD_NUM if len(images) < 2 else MANY_IMAGES_HD_NUM
+        hd_num = default_hd_num(len(images)) if hd_num is None else hd_num
         pictures = [load_media(source) for source in images]
         lengths = self._image_lengths(pictures, hd_num)
         placeholders = [self.config.image_token_id] * len(pictures)
@@ -120,11 +116,12 @@ class ConversationMixin:
         """An opened picture -> pixels (3, H, W)."""
         return to_pixels(picture, hd_num, self.config.tile, self.font)
 
-    def _features(self, conversation: Conversation, stamp: Hashable, seen: int) -> list[Tensor | None]:
+    def _features(self, conversation: Conversation, seen: int) -> list[Tensor | None]:
         """Each picture's embeddings (L, D), kept or newly computed; None where the cache has its rows already."""
         needed = [end > seen for _, end in conversation.prompt.image_spans]
+        keep = any(needed) and self.reuse.picture_bytes > 0 and not torch.is_grad_enabled()
+        stamp = self._picture_stamp() if keep else None
         keys = [(stamp, content) for content in conversation.digests]
-        keep = self.reuse.picture_bytes > 0 and not torch.is_grad_enabled()
         found = [self.reuse.picture(key) if need and keep else None for key, need in zip(keys, needed, strict=True)]
         missing = [i for i, need in enumerate(needed) if need and found[i] is None]
         if missing:
@@ -137,7 +134,7 @@ class ConversationMixin:
                     self.reuse.keep_picture(keys[i], feature)
         return found
 
-    def _embed(self, conversation: Conversation, stamp: Hashable, seen: int = 0) -> tuple[Tensor, Tensor]:
+    def _embed(self, conversation: Conversation, seen: int = 0) -> tuple[Tensor, Tensor]:
         """Embeddings of a conversation (1, T, D) and its image mask (1, T), 1 at image tokens.
 
         Args:
@@ -148,19 +145,32 @@ class ConversationMixin:
         inputs_embeds = embedding(input_ids)
         image_mask = torch.zeros_like(input_ids)
         spans = conversation.prompt.image_spans
-        for (start, end), feature in zip(spans, self._features(conversation, stamp, seen), strict=True):
+        for (start, end), feature in zip(spans, self._features(conversation, seen), strict=True):
             image_mask[0, start:end] = 1
             if feature is not None:
                 inputs_embeds[0, start:end] = feature.to(inputs_embeds)
         return inputs_embeds, image_mask
 
-    def _stamp(self) -> Hashable:
-        """What kept tensors depend on besides the conversation and the adapter; None where nothing is kept."""
-        if not self.reuse.enabled:
-            return None
+    def _circumstances(self) -> Hashable:
+        """What every kept tensor depends on besides weights."""
         device_type = self.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return weights_stamp(self), autocast, self.training, self.config._attn_implementation
+        return autocast, self.training, self.config._attn_implementation
+
+    def _picture_stamp(self) -> Hashable:
+        """What kept picture embeddings depend on besides the picture."""
+        weights = weights_stamp(self.model, skip=lambda name: name.startswith("language_model."))
+        return weights, self._circumstances()
+
+    def _prefix_stamp(self, infer_mode: str) -> Hashable:
+        """What kept caches depend on besides the conversation; loads the mode's adapters, which count."""
+        self._need_task_adapters(infer_mode)
+        if not self.reuse.prefix_bytes:
+            return None
+        active = self.config.adapters_of(infer_mode)
+        others = tuple(f".{name}.weight" for name in self.config.task_adapter_ranks if name not in active)
+        weights = weights_stamp(self.model, skip=lambda name: ".task_" in name and name.endswith(others))
+        return weights, infer_mode, self._circumstances()
 
     def _may_reuse(self, length: int) -> bool:
         """Whether rows of a prompt of `length` tokens are the same in every longer prompt.
@@ -189,15 +199,15 @@ class ConversationMixin:
         settings = self._settings(tokenizer, do_sample, kwargs)
         if settings.get("prompt_lookup_num_tokens") or settings.get("assistant_model"):
             return self._answer_from_ids(tokenizer, conversation, infer_mode, settings)
-        stamp = self._stamp()
+        stamp = self._prefix_stamp(infer_mode)
         length = len(conversation.prompt.input_ids)
         own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
         reusable = not own_cache and self._may_reuse(length)
         cache = None
         if reusable:
-            cache = self.reuse.take(conversation.key, (stamp, infer_mode)) or DynamicCache(config=self.config)
+            cache = self.reuse.take(conversation.key, stamp) or DynamicCache(config=self.config)
             settings["past_key_values"] = cache
-        inputs_embeds, image_mask = self._embed(conversation, stamp, cache.get_seq_length() if cache else 0)
+        inputs_embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0)
         generated = self.generate(
             inputs_embeds=inputs_embeds,
             attention_mask=torch.ones_like(image_mask),
@@ -207,7 +217,7 @@ class ConversationMixin:
         )
         generated = generated if isinstance(generated, Tensor) else generated.sequences
         if cache is not None:
-            self._keep(conversation, generated[0].tolist(), (stamp, infer_mode), cache)
+            self._keep(conversation, generated[0].tolist(), stamp, cache)
         return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
 
     def _keep(self, conversation: Conversation, answer: list[int], stamp: Hashable, cache: DynamicCache, row: int = 0):
@@ -250,13 +260,13 @@ class ConversationMixin:
         anything; their caches are then stacked, and the rows decode together.
         """
         settings = self._settings(tokenizer, do_sample, kwargs)
-        stamp = self._stamp()
+        stamp = self._prefix_stamp(infer_mode)
         caches, last = [], []
         for conversation in conversations:
             length = len(conversation.prompt.input_ids)
-            cache = self.reuse.take(conversation.key, (stamp, infer_mode)) if self._may_reuse(length) else None
+            cache = self.reuse.take(conversation.key, stamp) if self._may_reuse(length) else None
             cache = cache or DynamicCache(config=self.config)
-            embeds, image_mask = self._embed(conversation, stamp, cache.get_seq_length())
+            embeds, image_mask = self._embed(conversation, cache.get_seq_length())
             positions = torch.arange(length, device=embeds.device)[None]
             inputs = {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}
             self._run_prompt(embeds, inputs, cache, stop=length - 1)
@@ -285,7 +295,7 @@ class ConversationMixin:
                 row = row_of(batch, i * copies, start, batch.get_seq_length())
                 crop(row, lengths[i] if copies > 1 else row.get_seq_length())
                 answer = [] if copies > 1 else generated[i * returned].tolist()
-                self._keep(conversation, answer, (stamp, infer_mode), row)
+                self._keep(conversation, answer, stamp, row)
         rows = generated[::returned]
         return [cut_answer(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
@@ -332,5 +342,5 @@ class ConversationMixin:
         tokenizer = self._tokenizer(None)
         text = chat_prompt(query, history, meta_instruction)
         conversation = self._open(tokenizer, text, image, hd_num, max_length)
-        inputs_embeds, image_mask = self._embed(conversation, self._stamp())
+        inputs_embeds, image_mask = self._embed(conversation)
         return {"inputs_embeds": inputs_embeds}, image_mask.bool(), inputs_embeds.shape[1]

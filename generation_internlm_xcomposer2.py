@@ -95,5 +95,5 @@ class PrefillMixin:
             }
             if end == total:
                 return self(**chunk, **common, logits_to_keep=1, return_dict=True)
-            self.model(**chunk, **common)
+            self(**chunk, **common, logits_to_keep=1)
         return None

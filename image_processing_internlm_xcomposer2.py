@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from PIL import Image
 from transformers import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -125,9 +124,10 @@ class InternLMXComposer2ImageProcessor(TileFields, PilBackend):
             hd_num = [hd_num] * len(pictures)
         if len(hd_num) != len(pictures):
             raise ValueError(f"hd_num lists {len(hd_num)} numbers for {len(pictures)} images; pass one for each")
+        paired = list(zip(pictures, hd_num, strict=True))
         for most in hd_num:
             hd_grid(1, 1, most, self.tile)  # a wrong hd_num shows before any picture is opened
-        pixels = [to_pixels(open_picture(picture), most, self.tile) for picture, most in zip(pictures, hd_num)]
+        pixels = [to_pixels(open_picture(picture), most, self.tile) for picture, most in paired]
         tiles, grids = stack_tiles(pixels, self.tile)
         return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
 

@@ -28,6 +28,7 @@ from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
 from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 from .reuse_internlm_xcomposer2 import ReuseStore
+from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
 RENAMINGS = [
@@ -60,8 +61,13 @@ class InternLMXComposer2PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The tower's last norm is never read; the buffers are computed.
-    _keys_to_ignore_on_load_unexpected = [r"post_layernorm\.", r"position_ids$", r"rotary_emb\.inv_freq$"]
+    # The tower's last norm is never read; the buffers are computed; task adapters may stay on disk.
+    _keys_to_ignore_on_load_unexpected = [
+        r"post_layernorm\.",
+        r"position_ids$",
+        r"rotary_emb\.inv_freq$",
+        r"\.task_[AB]\.",
+    ]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -234,7 +240,9 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         )
 
 
-class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin, PrefillMixin, GenerationMixin):
+class InternLMXComposer2ForCausalLM(
+    TaskAdapterMixin, ChatMixin, PrefillMixin, InternLMXComposer2PreTrainedModel, GenerationMixin
+):
     """The model with its head, `generate`, and the public methods (`chat`, `write_artical`, ...)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.tok_embeddings.weight"}
@@ -296,6 +304,7 @@ class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin
             labels: token ids to predict (shifted inside), -100 where nothing is to be learned.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
         """
+        self._need_task_adapters(infer_mode)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -308,7 +317,7 @@ class InternLMXComposer2ForCausalLM(InternLMXComposer2PreTrainedModel, ChatMixin
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             im_mask=im_mask,
-            infer_mode=infer_mode,
+            infer_mode="base" if infer_mode == self._merged_mode else infer_mode,
             use_cache=use_cache,
             **kwargs,
         )

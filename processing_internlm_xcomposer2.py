@@ -1,8 +1,8 @@
 """AutoProcessor: text with pictures and videos -> model inputs, for the same conversation equal to those of `chat`.
 
-In text, `<ImageHere>` or `[UNUSED_TOKEN_140]` marks a picture's place and `[UNUSED_TOKEN_139]` a video's; each becomes a
-run of the placeholder as long as the picture has tokens. Prompts come from `chat_template.jinja`, which writes the turns
-of `prompting_internlm_xcomposer2`; tiles come from `ixc_utils`.
+In text, `<ImageHere>` or `[UNUSED_TOKEN_140]` marks a picture's place and `[UNUSED_TOKEN_139]` a video's; each becomes
+a run of the placeholder, as long as the picture has tokens. Prompts come from `chat_template.jinja`, which writes the
+turns of `prompting_internlm_xcomposer2`; tiles come from `ixc_utils`.
 
 Legend: B texts, T tokens, n pictures, N tiles of all of them (each picture's global view first).
 """
@@ -17,7 +17,6 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .image_processing_internlm_xcomposer2 import (
     InternLMXComposer2ImagesKwargs,
     as_rows,
-    open_picture,
 )
 from .ixc_utils import default_hd_num, hd_grid, media_grid
 from .prompting_internlm_xcomposer2 import IMAGE_MARK
@@ -33,9 +32,9 @@ class InternLMXComposer2ProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class Pictures(NamedTuple):
-    """Opened pictures of all texts in the order of their places, and the `hd_num` each has unless told."""
+    """Sources of all texts' pictures in the order of their places, and the `hd_num` each has unless told."""
 
-    opened: list[Any]
+    sources: list[Any]
     hd_num: list[int]
 
 
@@ -45,28 +44,30 @@ def share_out(items: list[Any], slots: Sequence[int], kind: str) -> list[list[An
         return [items]
     if sum(slots) != len(items):
         raise ValueError(
-            f"{len(items)} {kind}s for {len(slots)} texts with {sum(slots)} places for one; pass a list of lists, one list "
-            f"for each text ([] for a text without)"
+            f"{len(items)} {kind}s for {len(slots)} texts with {sum(slots)} places for one; pass a list of lists, one "
+            f"list for each text ([] for a text without)"
         )
     left = iter(items)
     return [[next(left) for _ in range(count)] for count in slots]
 
 
 class InternLMXComposer2Processor(ProcessorMixin):
-    """Text, pictures, videos -> `input_ids`, `attention_mask`, `mm_token_type_ids` (B, T: 1 picture, 2 video), padded left;
-    `pixel_values` (N, 3, tile, tile) and `image_grid_thw` (n, 3); for videos `pixel_values_videos` and `video_grid_thw`.
+    """Text, pictures and videos -> inputs of the model.
+
+    Returns `input_ids`, `attention_mask`, `mm_token_type_ids` (B, T), padded on the left (types: 1 picture, 2 video);
+    `pixel_values` (N, 3, tile, tile) and `image_grid_thw` (n, 3); for videos `pixel_values_videos`, `video_grid_thw`.
 
     A call takes `text` (one or a list), `images` and `videos` (for one text: one or a list; for several: a list of
-    lists), and besides the tokenizer's arguments `hd_num` (see `InternLMXComposer2ImageProcessor`), `num_frames`, `fps`,
-    `do_sample_frames`, `font` (see `InternLMXComposer2VideoProcessor`). A single picture of a single text may go
-    unmarked: it stands in front, as in `chat`.
+    lists), the tokenizer's arguments, `hd_num` (see `InternLMXComposer2ImageProcessor`), and `num_frames`, `fps`,
+    `do_sample_frames`, `font` (see `InternLMXComposer2VideoProcessor`). The only picture of a single text may go
+    unmarked: it stands in front, as in `chat`; in a batch each place is marked.
 
-    `apply_chat_template` takes `use_meta=True` for the released system text and `meta_instruction` for another; a system
-    message does the same.
+    `apply_chat_template` takes `use_meta=True` for the released system text, with `meta_instruction` for another; a
+    system message does the same.
 
     Raises:
         ValueError: places and pictures differ in number, an unknown content item, an `hd_num` below 1, a source that
-            cannot be read; all before any picture is cut into tiles.
+            cannot be read. ImportError: a video file and no decoder. All before any compute.
     """
 
     valid_processor_kwargs = InternLMXComposer2ProcessorKwargs
@@ -75,7 +76,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         self.image_token, self.video_token = "[UNUSED_TOKEN_140]", "[UNUSED_TOKEN_139]"
         ids = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
         if tokenizer.unk_token_id in ids:
-            raise ValueError(f"the tokenizer lacks {self.image_token} or {self.video_token}; use one of this model family")
+            raise ValueError(f"the tokenizer lacks {self.image_token} or {self.video_token}; use this model's")
         self.image_token_id, self.video_token_id = ids
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
 
@@ -95,7 +96,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
     # Steps of the library's `__call__`, in its order.
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Give each text its pictures and videos, check that they fit, and open the pictures."""
+        """Give each text its pictures and videos, and check that they fit."""
         if audio is not None:
             raise ValueError("audio is no input of this model; pass text, images and videos")
         if text is None and images is None and videos is None:
@@ -116,8 +117,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             for pictures, films in zip(image_rows, video_rows, strict=True)
             for _ in pictures
         ]
-        opened = Pictures([open_picture(source) for source in sources], hd_num) if sources else None
-        return opened, text, videos, None
+        return Pictures(sources, hd_num) if sources else None, text, videos, None
 
     def validate_inputs(self, **kwargs):
         """Nothing left to do: `prepare_inputs_layout` has compared text by text, the library would compare sums."""
@@ -126,8 +126,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """Tiles, and the text that stands for each picture."""
         if hd_num is None:
             hd_num = images.hd_num if self.image_processor.hd_num is None else self.image_processor.hd_num
-        inputs = self.image_processor(images.opened, hd_num=hd_num, **kwargs)
-        return inputs, [self.replace_image_token(inputs, index) for index in range(len(images.opened))]
+        inputs = self.image_processor(images.sources, hd_num=hd_num, **kwargs)
+        return inputs, [self.replace_image_token(inputs, index) for index in range(len(images.sources))]
 
     def _process_videos(self, videos: list[Any], **kwargs):
         """Tiles, and the text that stands for each video."""
@@ -179,7 +179,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
     @staticmethod
     def _matching(rows: list[Sequence[Any]], count: int, kind: str) -> list[list[Any]]:
         if len(rows) != count:
-            raise ValueError(f"{len(rows)} lists of {kind}s but {count} texts; pass one list for each text, [] for none")
+            raise ValueError(f"{len(rows)} lists of {kind}s but {count} texts; pass one for each text, [] for none")
         return [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
 
     def _place(self, texts: list[str], image_rows: list[list[Any]], video_rows: list[list[Any]]) -> None:

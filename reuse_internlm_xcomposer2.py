@@ -6,7 +6,7 @@ the stored tensors depend on (weights, adapter, dtype, device, attention) is par
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,14 +40,19 @@ def digest(picture: Any, *settings: Hashable) -> bytes:
 
 
 @torch.no_grad()
-def weights_stamp(model: nn.Module) -> Hashable:
+def weights_stamp(module: nn.Module, skip: Callable[[str], bool] = lambda name: False) -> Hashable:
     """Changes when a weight does: each parameter's identity and version, and one number out of each.
 
     The number catches changes that PyTorch does not count (through `.data`). Adapters of PEFT that are switched on, off
     or merged count too.
+
+    Args:
+        skip: tells by its name which parameter does not count.
     """
     identity, samples = [], {}
-    for parameter in model.parameters():
+    for name, parameter in module.named_parameters():
+        if skip(name):
+            continue
         version = 0 if parameter.is_inference() else parameter._version
         identity.append((parameter.data_ptr(), version, parameter.dtype, parameter.device))
         if type(parameter.data) is Tensor and parameter.numel() and not parameter.is_meta:
@@ -55,9 +60,9 @@ def weights_stamp(model: nn.Module) -> Hashable:
             samples.setdefault(parameter.device, []).append(middle.float())
     values = tuple(tuple(torch.stack(row).tolist()) for row in samples.values())
     tuners = tuple(
-        (str(module.active_adapters), str(getattr(module, "merged_adapters", "")), module.disable_adapters)
-        for module in model.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
+        (str(layer.active_adapters), str(getattr(layer, "merged_adapters", "")), layer.disable_adapters)
+        for layer in module.modules()
+        if hasattr(layer, "active_adapters") and hasattr(layer, "disable_adapters")
     )
     return hash((tuple(identity), values, tuners))
 

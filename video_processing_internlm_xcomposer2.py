@@ -41,7 +41,7 @@ def is_frame_list(value: Any) -> bool:
 
 
 def as_video_list(videos: Any) -> list[Any]:
-    """One video or a list of videos -> a list of videos: paths, addresses, bytes, lists of frames, arrays (T, H, W, 3)."""
+    """One video or a list of them -> a list of paths, addresses, bytes, lists of frames, arrays (T, H, W, 3)."""
     if isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 5:
         return list(videos)
     return list(videos) if isinstance(videos, list | tuple) and not is_frame_list(videos) else [videos]
@@ -61,8 +61,8 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
     Args:
         num_frames: most frames of a video.
         fps: frames a second to choose from.
-        do_sample_frames: None chooses frames of files and keeps frames that are given whole; True chooses of both, False
-            keeps every frame of both.
+        do_sample_frames: None chooses frames of files, and keeps all where frames are given; True chooses of both,
+            False keeps every frame of both.
         font: of the frame labels: a PIL font, a font file, or a folder with one; None: a font file in the checkpoint's
             folder, else Pillow's own. Not saved.
         tile, patch_size, merge_size: as in `InternLMXComposer2ImageProcessor`.

@@ -1,0 +1,211 @@
+"""Task adapters in memory only while they are needed, and merged into the weights for a while.
+
+The write and web adapters are a fifth of the 7B release, and `chat` uses none of them: they stay in the checkpoint's
+files until a call asks for them. `save_pretrained` writes them all the same.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import CONFIG_NAME, cached_file, logging
+
+from .build_mlp import AdaptedLinear, resident_task_adapters
+
+logger = logging.get_logger(__name__)
+
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "subfolder")
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Where each tensor of a checkpoint folder lies: name -> file (safetensors, else `.bin`). Reads headers only."""
+    for pattern in ("*.safetensors", "*.bin"):
+        for index in sorted(folder.glob(pattern + ".index.json")):
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in weight_map.items()}
+        for file in sorted(folder.glob("model" + pattern[1:])) + sorted(folder.glob("pytorch_model" + pattern[1:])):
+            return dict.fromkeys(_open(file), file)
+    return {}
+
+
+def _open(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, mapped into memory and read when touched."""
+    if file.suffix == ".safetensors":
+        tensors = safe_open(file, framework="pt")
+        return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+class TaskAdapterMixin:
+    """`task_adapters=` of `from_pretrained`, loading and release, and merging; stands before `PreTrainedModel`."""
+
+    _adapter_folder: Path | None = None  # where adapters that are not in memory lie
+    _merged_mode: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, task_adapters: str | Sequence[str] = "lazy", **kwargs
+    ):
+        """transformers' `from_pretrained`, and:
+
+        Args:
+            task_adapters: "lazy" leaves the task adapters on disk until a method needs them; "all" loads them now; a
+                list of names loads these and leaves the others.
+
+        Raises:
+            ValueError: another word for `task_adapters`.
+        """
+        if isinstance(task_adapters, str) and task_adapters not in ("lazy", "all"):
+            raise ValueError(f"task_adapters={task_adapters!r}; use 'lazy', 'all', or a list of names such as ['web']")
+        # Where the weights do not simply come from files, or are cut up on the way, everything is loaded at once.
+        eager = pretrained_model_name_or_path is None or any(
+            kwargs.get(name) is not None for name in ("state_dict", "gguf_file", "tp_plan", "device_mesh")
+        )
+        names = None if eager or task_adapters == "all" else () if task_adapters == "lazy" else tuple(task_adapters)
+        with resident_task_adapters(names):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if names is not None:
+            folder = Path(pretrained_model_name_or_path)
+            if not folder.is_dir():
+                hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+                folder = Path(cached_file(str(folder), CONFIG_NAME, local_files_only=True, **hub)).parent
+            elif kwargs.get("subfolder"):
+                folder = folder / kwargs["subfolder"]
+            model._adapter_folder = folder.absolute()
+        return loaded
+
+    def _adapted_linears(self) -> Iterator[tuple[str, AdaptedLinear]]:
+        for name, module in self.named_modules():
+            if isinstance(module, AdaptedLinear):
+                yield name, module
+
+    def task_adapters_in_memory(self) -> list[str]:
+        """Names of the task adapters that are loaded."""
+        _, first = next(self._adapted_linears())
+        return list(first.task_A)
+
+    @torch.no_grad()
+    def load_task_adapters(self, names: Sequence[str], device: torch.device | str | None = None) -> list[str]:
+        """Load task adapters that are not in memory; returns those that were loaded.
+
+        Args:
+            device: where to; default: beside the weights they adapt.
+
+        Raises:
+            ValueError: the checkpoint does not hold such an adapter.
+        """
+        missing = [name for name in names if name not in self.task_adapters_in_memory()]
+        if not missing:
+            return []
+        where = files_of(self._adapter_folder) if self._adapter_folder else {}
+        opened: dict[Path, dict[str, Tensor]] = {}
+        logger.info("loading task adapters %s from %s", missing, self._adapter_folder)
+        loaded: dict[tuple[str, str, str], nn.Linear] = {}
+        for path, module in self._adapted_linears():
+            released = path.replace("model.language_model.", "model.")
+            for name in missing:
+                for part in ("A", "B"):
+                    key = f"{released}.lora_{name}_{part}.weight"
+                    if key not in where:
+                        raise ValueError(
+                            f"the task adapter {name!r} is not in {self._adapter_folder or 'this model'} (no {key}); "
+                            f"load a checkpoint that has it, or use infer_mode='base'"
+                        )
+                    tensors = opened.setdefault(where[key], {}) or opened[where[key]]
+                    if not tensors:
+                        tensors.update(_open(where[key]))
+                    loaded[path, name, part] = _linear_of(tensors[key][:], module, device)
+        for path, module in self._adapted_linears():
+            for name in missing:
+                module.task_A[name] = loaded[path, name, "A"]
+                module.task_B[name] = loaded[path, name, "B"]
+        return missing
+
+    def release_task_adapters(self, names: Sequence[str] | None = None) -> None:
+        """Drop task adapters from memory (None: all); the next call that needs one loads it again.
+
+        Raises:
+            ValueError: the model was not loaded from files that they could be read from again.
+        """
+        names = self.task_adapters_in_memory() if names is None else list(names)
+        if names and self._adapter_folder is None:
+            raise ValueError(
+                "these task adapters are in memory alone: save the model and load it again to release them"
+            )
+        for _, module in self._adapted_linears():
+            for name in names:
+                for pairs in (module.task_A, module.task_B):
+                    if name in pairs:
+                        del pairs[name]
+
+    def _need_task_adapters(self, infer_mode: str) -> None:
+        """Have the adapters of a mode in memory."""
+        if infer_mode == self._merged_mode:
+            return
+        if self._merged_mode is not None and infer_mode != "base":
+            raise ValueError(
+                f"{self._merged_mode!r} is merged into the weights: infer_mode={infer_mode!r} cannot run now"
+            )
+        self.load_task_adapters(self.config.adapters_of(infer_mode))
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """transformers' `save_pretrained`, with the task adapters that are still on disk."""
+        if self._merged_mode is not None:
+            raise ValueError(f"{self._merged_mode!r} is merged into the weights; save outside of `merged_task_adapter`")
+        passing = [] if self._adapter_folder is None else list(self.config.text_config.task_adapter_ranks)
+        passing = self.load_task_adapters(passing, device="cpu") if kwargs.get("state_dict") is None else []
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.release_task_adapters(passing)
+
+    @contextmanager
+    @torch.no_grad()
+    def merged_task_adapter(self, infer_mode: str) -> Iterator[None]:
+        """Inside, the mode's adapters are part of the weights: a step costs what it costs without adapters.
+
+        W + sum of B A is made in fp32; the plain weights wait in host memory and come back exactly.
+
+        Raises:
+            ValueError: an unknown mode, quantised weights, or a mode merged already.
+        """
+        if self._merged_mode is not None:
+            raise ValueError(f"{self._merged_mode!r} is merged already")
+        adapters = self.config.adapters_of(infer_mode)
+        self.load_task_adapters(adapters)
+        plain: dict[str, Tensor] = {}
+        try:
+            for path, module in self._adapted_linears():
+                weight = module.linear.weight
+                if not weight.is_floating_point() or weight.is_meta:
+                    raise ValueError(
+                        f"{path} is quantised or offloaded: merge the checkpoint with tools/merge_task_adapter.py"
+                    )
+                plain[path] = weight.to("cpu", copy=True)
+                total = weight.float()
+                for name in adapters:
+                    total = total + module.task_B[name].weight.float() @ module.task_A[name].weight.float()
+                weight.copy_(total)
+            self._merged_mode = infer_mode
+            yield
+        finally:
+            self._merged_mode = None
+            for path, module in self._adapted_linears():
+                if path in plain:
+                    module.linear.weight.copy_(plain[path])
+
+
+def _linear_of(weight: Tensor, module: AdaptedLinear, device: torch.device | str | None) -> nn.Linear:
+    """A bias-free linear around `weight`, in the dtype of the module's adapters and on its device."""
+    beside = module.Plora_A.weight
+    if device is None:
+        hook = getattr(module.Plora_A, "_hf_hook", None)  # accelerate runs offloaded weights elsewhere
+        device = getattr(hook, "execution_device", None) if beside.is_meta else beside.device
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(device=device, dtype=beside.dtype), requires_grad=beside.requires_grad)
+    return linear
