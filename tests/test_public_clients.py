@@ -1,6 +1,6 @@
 """What evaluation kits, demos and notebooks call on the released model: these calls and no others.
 
-`recorded` are chats whose tokens come from the original; a client that builds the same embeddings by hand must get them.
+The recorded chats are the original's: a client that builds the same embeddings by hand must get the same tokens.
 """
 
 import numpy as np
