@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
 from .ixc_utils import default_hd_num, image_tokens, load_media, media_grid, stack_tiles, to_pixels
 from .prompting_internlm_xcomposer2 import (
     TURN_CLOSE,
@@ -27,7 +27,7 @@ from .prompting_internlm_xcomposer2 import (
     tokenize_prompt,
     tokenize_with,
 )
-from .reuse_internlm_xcomposer2 import ReuseStore, crop, digest, row_of, stack, weights_stamp
+from .reuse_internlm_xcomposer2 import ReuseStore, digest, weights_stamp
 
 # That the penalty spares the prompt is what the release does.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
@@ -205,7 +205,7 @@ class ConversationMixin:
         reusable = not own_cache and self._may_reuse(length)
         cache = None
         if reusable:
-            cache = self.reuse.take(conversation.key, stamp) or DynamicCache(config=self.config)
+            cache = self.reuse.take(conversation.key, stamp) or GrowingCache(self.config)
             settings["past_key_values"] = cache
         inputs_embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0)
         generated = self.generate(
@@ -220,7 +220,7 @@ class ConversationMixin:
             self._keep(conversation, generated[0].tolist(), stamp, cache)
         return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
 
-    def _keep(self, conversation: Conversation, answer: list[int], stamp: Hashable, cache: DynamicCache, row: int = 0):
+    def _keep(self, conversation: Conversation, answer: list[int], stamp: Hashable, cache: GrowingCache, row: int = 0):
         """Keep one row of a cache for the next turn: the prompt, and the answer where one row made it."""
         prompt = len(conversation.prompt.input_ids)
         batched = len(cache.layers[0].keys) > 1
@@ -265,7 +265,7 @@ class ConversationMixin:
         for conversation in conversations:
             length = len(conversation.prompt.input_ids)
             cache = self.reuse.take(conversation.key, stamp) if self._may_reuse(length) else None
-            cache = cache or DynamicCache(config=self.config)
+            cache = cache or GrowingCache(self.config)
             embeds, image_mask = self._embed(conversation, cache.get_seq_length())
             positions = torch.arange(length, device=embeds.device)[None]
             inputs = {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}

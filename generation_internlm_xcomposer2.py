@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# Prompt tokens of one forward call: activations stay bounded however long the prompt is.
+# Prompt tokens of one forward call, at most: activations stay bounded however long the prompt is.
 PREFILL_CHUNK = 4096
+# Elements of the attention mask of one such call: late chunks of very long prompts are shorter.
+MASK_ELEMENTS = 2**26
 
 # Inputs whose rows are tiles or pictures, not prompts: beams must not copy them.
 PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -76,7 +78,7 @@ class PrefillMixin:
         stop = total if stop is None else stop
         mask, types = inputs.get("attention_mask"), inputs.get("mm_token_type_ids")
         positions = inputs["position_ids"].expand(embeds.shape[0], -1)[:, -total:]
-        step = self.prefill_chunk or total
+        step = max(1, min(self.prefill_chunk, MASK_ELEMENTS // total)) if self.prefill_chunk else total
         common = {
             "past_key_values": cache,
             "use_cache": True,
@@ -94,6 +96,6 @@ class PrefillMixin:
                 "mm_token_type_ids": None if types is None else types[:, start:end],
             }
             if end == total:
-                return self(**chunk, **common, logits_to_keep=1, return_dict=True)
+                return self(**chunk, **common, logits_to_keep=inputs.get("logits_to_keep", 1), return_dict=True)
             self(**chunk, **common, logits_to_keep=1)
         return None

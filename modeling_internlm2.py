@@ -213,6 +213,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
     """Token embeddings, decoder layers, final norm."""
 
     _input_embed_layer = "tok_embeddings"
+    dense_partial_lora = False  # True: compute partial LoRA for every token and mask it
 
     def __init__(self, config: InternLM2Config):
         super().__init__(config)
@@ -256,7 +257,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        dense = self.training or torch.compiler.is_compiling()
+        dense = self.dense_partial_lora or self.training or torch.compiler.is_compiling()
         if position_ids.ndim == 3:
             position_ids, image_mask, dense = position_ids[0], position_ids[2] != position_ids[0], True
         image_tokens = None if image_mask is None else route_image_tokens(image_mask, dense, inputs_embeds.dtype)

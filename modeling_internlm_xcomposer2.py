@@ -22,6 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .build_mlp import VisionTower, build_projector, end_rows, join_tiles, merge_patches
+from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
@@ -43,8 +44,8 @@ RENAMINGS = [
     (r"^plora_(glb|sub)_GN", r"model.plora_\1_GN"),
 ]
 
-# The ViT sees this many tiles at once: its activations stay small however large the picture is.
-TILES_AT_ONCE = 8
+# Arguments of `generate` that bring or choose a cache.
+OTHER_CACHES = ("past_key_values", "cache_implementation", "generation_config", "assistant_model")
 
 
 class InternLMXComposer2PreTrainedModel(PreTrainedModel):
@@ -82,6 +83,8 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     Image tokens take the place of `image_token_id` (pictures) and `video_token_id` (stitched videos) in `input_ids`.
     """
 
+    tiles_at_once = 8  # the ViT's activations stay small however large the picture is
+
     def __init__(self, config: InternLMXcomposer2Config):
         super().__init__(config)
         self.vision_tower = VisionTower._from_config(config.vision_config)
@@ -106,7 +109,8 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Tiles (N, 3, tile, tile) -> merged patches (N, S, S, 4 V), a bounded number of tiles at a time."""
         tiles = tiles.to(self.plora_sub_GN.dtype)
-        features = [self.vision_tower(batch).last_hidden_state[:, 1:] for batch in tiles.split(TILES_AT_ONCE)]
+        batches = tiles.split(self.tiles_at_once)
+        features = [self.vision_tower(batch).last_hidden_state[:, 1:] for batch in batches]
         return merge_patches(torch.cat(features))
 
     def arrange_pictures(
@@ -339,6 +343,8 @@ class InternLMXComposer2ForCausalLM(
         """transformers' `generate`; `im_mask` (B, T) is the released name of `mm_token_type_ids`."""
         if im_mask is not None:
             kwargs["mm_token_type_ids"] = im_mask.long()
+        if not any(kwargs.get(name) for name in OTHER_CACHES) and kwargs.get("use_cache", True):
+            kwargs["past_key_values"] = GrowingCache(self.config)
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(

@@ -14,12 +14,9 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_internlm_xcomposer2 import (
-    InternLMXComposer2ImagesKwargs,
-    as_rows,
-)
+from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows
 from .ixc_utils import default_hd_num, hd_grid, media_grid
-from .prompting_internlm_xcomposer2 import IMAGE_MARK
+from .prompting_internlm_xcomposer2 import IMAGE_MARK, TURN_CLOSE
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
 
@@ -49,6 +46,13 @@ def share_out(items: list[Any], slots: Sequence[int], kind: str) -> list[list[An
         )
     left = iter(items)
     return [[next(left) for _ in range(count)] for count in slots]
+
+
+def drop_close(text: Any, wanted: bool) -> Any:
+    """Decoded text, or a list of it, without the closing token at its end, if `wanted`: it is no special token."""
+    if isinstance(text, list):
+        return [drop_close(entry, wanted) for entry in text]
+    return text.removesuffix(TURN_CLOSE) if wanted else text
 
 
 class InternLMXComposer2Processor(ProcessorMixin):
@@ -86,12 +90,27 @@ class InternLMXComposer2Processor(ProcessorMixin):
             return type(argument)
         return super().check_argument_for_proper_class(argument_name, argument)
 
-    def apply_chat_template(self, *args, **kwargs):
-        """The library's; what the template refuses is a ValueError."""
+    def apply_chat_template(self, conversation, chat_template=None, *, load_audio_from_video=False, **kwargs):
+        """The library's; what the template refuses is a ValueError.
+
+        `load_audio_from_video` is not passed on: servers set it for every video, and this model takes no audio.
+        """
         try:
-            return super().apply_chat_template(*args, **kwargs)
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
             raise ValueError(str(error)) from error
+
+    def decode(self, *args, **kwargs) -> str | list[str]:
+        """The tokenizer's; `skip_special_tokens=True` also drops the token that closes an answer."""
+        return drop_close(super().decode(*args, **kwargs), kwargs.get("skip_special_tokens", False))
+
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        """See `decode`."""
+        return drop_close(super().batch_decode(*args, **kwargs), kwargs.get("skip_special_tokens", False))
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """See `decode`; what a pipeline shows."""
+        return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     # Steps of the library's `__call__`, in its order.
 

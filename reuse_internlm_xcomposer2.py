@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+
+from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop
 
 Key = Sequence[Hashable]  # a conversation: token ids, and for each token of a picture the picture's digest
 
@@ -23,7 +24,7 @@ class Prefix(NamedTuple):
 
     key: list[Hashable]
     stamp: Hashable
-    cache: DynamicCache
+    cache: GrowingCache
 
 
 def digest(picture: Any, *settings: Hashable) -> bytes:
@@ -72,35 +73,6 @@ def common_prefix(one: Key, other: Key) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values of a cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
-
-
-def crop(cache: DynamicCache, length: int) -> None:
-    """Keep the first `length` positions (the negative form of `crop` is the one all versions know)."""
-    surplus = cache.get_seq_length() - length
-    if surplus > 0:
-        cache.crop(-surplus)
-
-
-def row_of(cache: DynamicCache, row: int, start: int, end: int) -> DynamicCache:
-    """One row's positions [start, end) of a batch's cache, copied, so that the batch's memory is free to go."""
-    at = slice(row, row + 1), slice(None), slice(start, end)
-    return DynamicCache([(layer.keys[at], layer.values[at]) for layer in cache.layers])  # copies as it fills its layers
-
-
-def stack(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """Caches of one row each -> one batch, filled up with zeros on the left (masked out by the attention mask)."""
-    longest = max(cache.get_seq_length() for cache in caches)
-
-    def batch(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([nn.functional.pad(t, (0, 0, longest - t.shape[-2], 0)) for t in tensors])
-
-    layers = zip(*(cache.layers for cache in caches), strict=True)
-    return DynamicCache([(batch([la.keys for la in row]), batch([la.values for la in row])) for row in layers])
-
-
 class ReuseStore:
     """Past conversations and pictures of one model. The oldest goes first when a limit is reached.
 
@@ -136,7 +108,7 @@ class ReuseStore:
         pictures = sum(embeds.nbytes for embeds in self._pictures.values())
         return pictures + sum(cache_bytes(prefix.cache) for prefix in self._prefixes)
 
-    def take(self, key: Key, stamp: Hashable) -> DynamicCache | None:
+    def take(self, key: Key, stamp: Hashable) -> GrowingCache | None:
         """Hand out the cache that shares the longest prefix with `key`, cut to it, one position short of `key` at most.
 
         It leaves the store: the caller lets it grow, and may `keep` it again.
@@ -152,7 +124,7 @@ class ReuseStore:
         crop(found.cache, shared)
         return found.cache
 
-    def keep(self, key: list[Hashable], stamp: Hashable, cache: DynamicCache) -> None:
+    def keep(self, key: list[Hashable], stamp: Hashable, cache: GrowingCache) -> None:
         """Keep a conversation's cache, unless it alone is over the limit."""
         self._prefixes.append(Prefix(key[: cache.get_seq_length()], stamp, cache))
         while self._prefixes and sum(cache_bytes(prefix.cache) for prefix in self._prefixes) > self.prefix_bytes:

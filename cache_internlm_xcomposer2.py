@@ -1,0 +1,107 @@
+"""The key/value cache: as transformers' dynamic one, but a decode step does not copy it.
+
+Legend: B rows, K key/value heads, S positions, E head width. Keys and values are (B, K, S, E).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+MIN_ROOM = 256  # positions of room that a full buffer grows by, at least
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values are views of the filled part of larger buffers; new positions are written in place.
+
+    transformers' layer concatenates, which copies the whole cache in every step.
+    """
+
+    buffers: tuple[Tensor, Tensor] | None = None
+
+    def _fits(self, positions: int) -> bool:
+        """Whether the buffers hold what `keys` shows (nobody has replaced it) and have room for so many positions."""
+        if self.buffers is None:
+            return False
+        room = self.buffers[0]
+        same = self.keys.data_ptr() == room.data_ptr() and self.keys.shape[0] == room.shape[0]
+        return same and room.shape[-2] >= positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, E); returns all keys and values (B, K, S + T, E)."""
+        if key_states.requires_grad:  # writing in place would break the graph
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        end = seen + key_states.shape[-2]
+        if not self._fits(end):
+            capacity = end + max(MIN_ROOM, end // 8)
+            kept = (self.keys, self.values) if seen else ()
+            rows = (key_states, value_states)
+            self.buffers = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[-1]) for t in rows)  # type: ignore[assignment]
+            for buffer, old in zip(self.buffers, kept, strict=False):
+                buffer[:, :, :seen] = old
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, seen:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let rows trade places (beam search does in every step), room included."""
+        seen = self.get_seq_length()
+        if seen and self._fits(seen):
+            self.buffers = tuple(buffer[indices] for buffer in self.buffers)  # type: ignore[assignment]
+            self.keys, self.values = (buffer[:, :, :seen] for buffer in self.buffers)
+        else:
+            super().batch_select_indices(indices)
+
+
+class GrowingCache(DynamicCache):
+    """A dynamic cache of `GrowingLayer`s."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() for _ in self.layers]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Tensor, Tensor]]) -> "GrowingCache":
+        """A cache with these keys and values, copied, one pair a layer."""
+        cache = cls.__new__(cls)
+        DynamicCache.__init__(cache)
+        cache.layers = [GrowingLayer() for _ in rows]
+        for layer, (keys, values) in zip(cache.layers, rows, strict=True):
+            layer.update(keys, values)
+        return cache
+
+
+def cache_bytes(cache: GrowingCache) -> int:
+    """Bytes of the keys and values of a cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def crop(cache: GrowingCache, length: int) -> None:
+    """Keep the first `length` positions (the negative form of `crop` is the one all versions know)."""
+    surplus = cache.get_seq_length() - length
+    if surplus > 0:
+        cache.crop(-surplus)
+
+
+def row_of(cache: GrowingCache, row: int, start: int, end: int) -> GrowingCache:
+    """One row's positions [start, end) of a batch's cache, copied, so that the batch's memory is free to go."""
+    at = slice(row, row + 1), slice(None), slice(start, end)
+    return GrowingCache.of(
+        [(layer.keys[at], layer.values[at]) for layer in cache.layers]
+    )  # copies as it fills its layers
+
+
+def stack(caches: Sequence[GrowingCache]) -> GrowingCache:
+    """Caches of one row each -> one batch, filled up with zeros on the left (masked out by the attention mask)."""
+    longest = max(cache.get_seq_length() for cache in caches)
+
+    def batch(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(t, (0, 0, longest - t.shape[-2], 0)) for t in tensors])
+
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return GrowingCache.of([(batch([la.keys for la in row]), batch([la.values for la in row])) for row in layers])
