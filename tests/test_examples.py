@@ -12,8 +12,9 @@ from transformers import AutoModel, AutoTokenizer
 REPO = Path(__file__).resolve().parents[1]
 EXAMPLES = REPO / "examples"
 DATA = EXAMPLES / "data"
-sys.path[:0] = [str(REPO / "tools"), str(EXAMPLES)]
+sys.path[:0] = [str(REPO / "tools"), str(EXAMPLES), str(REPO / "gradio_demo")]
 
+import app  # noqa: E402
 import article  # noqa: E402
 import common  # noqa: E402
 import compose_article as compose  # noqa: E402
@@ -472,3 +473,70 @@ def test_caption_of():
 
 def test_letter_of():
     assert [compose.letter_of(text, 2) for text in ("", "12", "C", "：b.", "A or B")] == [None, None, None, 1, 0]
+
+
+# The demo in a browser: what stands behind its tabs.
+
+
+def said(role, *parts):
+    return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def sent(path):
+    return {"type": "file", "file": {"path": path, "mime_type": "image/png"}, "alt_text": None}
+
+
+def test_messages_become_turns():
+    messages = [
+        said("user", sent("a.png"), sent("b.mp4"), "And these?"),
+        said("assistant", f"Two{MARK}."),
+        said("user", sent("broken.png"), "What?"),
+        said("assistant", f"{app.FAILED}broken.png is broken"),
+        said("user", sent("stopped.png"), "stopped before the first word"),
+        {"role": "user", "content": f"Why {MARK}?"},
+        {"role": "assistant", "content": "So."},
+    ]
+    turns = [(f"{MARK}{MARK}And these?", "Two."), ("Why ?", "So.")]
+    assert app.read_messages(messages) == (turns, ["a.png", "b.mp4"])
+    assert app.read_messages([]) == ([], [])
+
+
+def test_the_chat_tab_answers_as_chat_does(model, answer):
+    desk = app.Desk(model, 12)
+    *_, first = desk.chat({"text": "What?", "files": [SHAPES]}, [], greedy=True)
+    assert first == answer("What?", [SHAPES])
+    messages = [said("user", sent(SHAPES), "What?"), said("assistant", first)]
+    steps = list(desk.chat({"text": "Or?", "files": [HOUSE]}, messages, hd_num=2, greedy=True))
+    history = [(f"{MARK}What?", first)]
+    assert steps[-1] == answer(f"{MARK}Or?", [SHAPES, HOUSE], history, hd_num=2) and len(steps) > 2
+
+
+def test_the_tabs_show_errors(model, here):
+    desk = app.Desk(model, 8)
+    (shown,) = desk.chat({"text": "What?", "files": ["nothing.png"]}, [])
+    assert shown.startswith(app.FAILED) and "nothing.png" in shown
+    for kind in app.KINDS[1:]:
+        page, shown = desk.webpage(kind, "", None, 8, 1)
+        assert page == "" and "needs the file" in shown
+    assert not app.BUSY.locked()
+
+
+def test_the_other_tabs_write(model, here):
+    desk = app.Desk(model, 8)
+    for kind, file in zip(app.KINDS, (None, str(DATA / "resume.md"), SHAPES), strict=True):
+        page, shown = desk.webpage(kind, "A page", file, 8, 1)
+        assert page and not shown.startswith(app.FAILED)
+    *_, text = desk.article("Write.", [SHAPES, HOUSE], 8)
+    assert text and not text.startswith(app.FAILED)
+    assert not list(here.iterdir())
+
+
+def test_a_page_cannot_leave_its_frame():
+    shown = app.preview('</iframe><script>alert("x")</script>')
+    assert shown.count("<") == 2 and 'sandbox="allow-scripts"' in shown and shown.count('"') == 8
+
+
+def test_the_demo_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="pip install"):
+        app.main([])
