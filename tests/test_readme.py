@@ -1,0 +1,21 @@
+"""The README's Python runs as printed, on a tiny checkpoint in the place of build/tiny."""
+
+import re
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def test_every_python_block_runs(tiny_checkpoint, monkeypatch, capsys):
+    """In one session, in the order they are printed, from the repo's root; nothing is left behind there."""
+    monkeypatch.chdir(REPO)
+    before = set(REPO.iterdir())
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block.replace("build/tiny", str(tiny_checkpoint)), "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()  # the examples print answers
+    assert names["history"][0][0] == "Tell me a story"
+    assert len(names["answers"]) == 3
+    assert set(REPO.iterdir()) == before
