@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows
-from .ixc_utils import default_hd_num, hd_grid, media_grid
+from .ixc_utils import ONE_IMAGE_HD_NUM, default_hd_num, hd_grid, media_grid, without_overviews
 from .prompting_internlm_xcomposer2 import IMAGE_MARK, TURN_CLOSE
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
@@ -111,6 +111,24 @@ class InternLMXComposer2Processor(ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """See `decode`; what a pipeline shows."""
         return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def __call__(self, *args, return_text_replacement_offsets: bool = False, **kwargs):
+        """See the class.
+
+        Args:
+            return_text_replacement_offsets: asked for by serving engines, which keep each picture apart and reuse it
+                beside others. Then tiles come without global views (the model makes them), and the `hd_num` of a
+                picture depends on nothing but the picture: 24 unless told.
+        """
+        if not return_text_replacement_offsets:
+            return super().__call__(*args, **kwargs)
+        if self.image_processor.hd_num is None and not (kwargs.get("images_kwargs") or {}).get("hd_num"):
+            kwargs["hd_num"] = kwargs.get("hd_num") or ONE_IMAGE_HD_NUM
+        inputs = super().__call__(*args, return_text_replacement_offsets=True, **kwargs)
+        for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+            if pixels in inputs:
+                inputs[pixels] = without_overviews(inputs[pixels], inputs[grids])
+        return inputs
 
     # Steps of the library's `__call__`, in its order.
 
