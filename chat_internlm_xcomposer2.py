@@ -1,6 +1,7 @@
 """The public methods: thin steps over `generate`, see `ConversationMixin` for the steps."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
@@ -10,7 +11,7 @@ import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
 from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, seeded
-from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, cut_answer
+from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, cut_answer, with_turn
 from .webpage_internlm_xcomposer2 import (
     PUBLIC_FILE,
     RESUME_QUERY,
@@ -22,6 +23,8 @@ from .webpage_internlm_xcomposer2 import (
     real_pictures,
     write_page,
 )
+
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TokenQueue(BaseStreamer):
@@ -38,6 +41,17 @@ class TokenQueue(BaseStreamer):
 
     def end(self) -> None:
         self.ids.put(None)
+
+
+def settled(ids: Sequence[int], tokenizer) -> int:
+    """How many of the ids decode to the same text whatever follows: all but a run of byte pieces at the end.
+
+    Characters outside the vocabulary are spelled in bytes, and only a whole run of them makes text.
+    """
+    end = len(ids)
+    while end and _BYTE_PIECE.fullmatch(tokenizer.convert_ids_to_tokens(ids[end - 1]) or ""):
+        end -= 1
+    return end
 
 
 # Defaults of `stream_chat` and `batch_chat`: those of `chat`.
@@ -111,7 +125,7 @@ class ChatMixin(ConversationMixin):
             repetition_penalty=repetition_penalty,
             **kwargs,
         )
-        return answer, [*history, (query, answer)]
+        return answer, with_turn(history, query, answer)
 
     def stream_chat(
         self,
@@ -163,14 +177,13 @@ class ChatMixin(ConversationMixin):
                 ids: list[int] = []
                 while (step := queue.ids.get()) is not None:
                     ids += step
-                    text = cut_answer(tokenizer.decode(ids, skip_special_tokens=True))
-                    if not text.endswith("\ufffd"):  # half a character: the rest is still to come
-                        yield text, [*history, (query, text)]
+                    text = cut_answer(tokenizer.decode(ids[: settled(ids, tokenizer)], skip_special_tokens=True))
+                    yield text, with_turn(history, query, text)
                 thread.join()
                 if failure:
                     raise failure[0]
                 text = cut_answer(tokenizer.decode(ids, skip_special_tokens=True))
-                yield text, [*history, (query, text)]
+                yield text, with_turn(history, query, text)
             finally:
                 left.set()
                 thread.join()
@@ -222,7 +235,7 @@ class ChatMixin(ConversationMixin):
                 raise type(error)(f"conversation {index}: {error}") from error
         answers = self._answer_batch(tokenizer, conversations, infer_mode, **{**CHAT_SETTINGS, **kwargs})
         turns = zip(rows["histories"], queries, answers, strict=True)
-        return answers, [[*(history or ()), (query, answer)] for history, query, answer in turns]
+        return answers, [with_turn(history or (), query, answer) for history, query, answer in turns]
 
     @torch.no_grad()
     def write_artical(

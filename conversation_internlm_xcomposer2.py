@@ -216,7 +216,7 @@ class ConversationMixin:
             **settings,
         )
         generated = generated if isinstance(generated, Tensor) else generated.sequences
-        if cache is not None:
+        if cache is not None and cache.get_seq_length():
             self._keep(conversation, generated[0].tolist(), stamp, cache)
         return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
 

@@ -163,6 +163,11 @@ def answer_labels(input_ids: Sequence[int], assistant_header: Sequence[int], clo
     return labels
 
 
+def with_turn(history: Iterable[tuple[str, str]], query: str, answer: str) -> list[tuple[str, str]]:
+    """History with one more turn. A mark that the model wrote is no picture's place: the next turn must not count it."""
+    return [*history, (query, answer.replace(IMAGE_MARK, ""))]
+
+
 def cut_answer(text: str) -> str:
     """The model's answer without what follows its closing token."""
     return text.split(TURN_CLOSE)[0]
