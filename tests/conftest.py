@@ -18,6 +18,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors lose time on more
 for _name in ("TRANSFORMERS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)
 
