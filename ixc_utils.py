@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import http.client
 import importlib
 import io
@@ -60,6 +61,11 @@ File = str | io.BytesIO  # local path, or contents
 def image_tokens(rows: int, cols: int, side: int) -> int:
     """Tokens of a picture of rows x cols tiles: global view with row ends, a separator, tiles with row ends."""
     return side * (side + 1) + 1 + rows * side * (cols * side + 1)
+
+
+def check_hd_num(hd_num: Any) -> None:
+    """Raises ValueError for a number of tiles below 1."""
+    _check_count("hd_num", hd_num, "the number of tiles the picture may take, 24 by default")
 
 
 def default_hd_num(num_pictures: int) -> int:
@@ -737,16 +743,52 @@ def tile_pixels(pixels: torch.Tensor, tile: int = TILE) -> torch.Tensor:
 
     The global view is the whole picture at one tile's size (bicubic, no antialiasing); the tiles follow in row order.
     """
-    pixels = _checked_pixels(pixels, tile)
-    channels, height, width = pixels.shape
-    overview = torch.nn.functional.interpolate(pixels[None], (tile, tile), mode="bicubic", align_corners=False)
-    grid = pixels.reshape(channels, height // tile, tile, width // tile, tile)
-    tiles = grid.permute(1, 3, 0, 2, 4).reshape(-1, channels, tile, tile)  # (3, h, t, w, t) -> (h * w, 3, t, t)
-    return torch.cat([overview, tiles])
+    return stack_tiles([pixels], tile)[0]
 
 
 def stack_tiles(pictures: Sequence[torch.Tensor], tile: int = TILE) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels of n pictures -> (N, 3, tile, tile), each global view before its tiles, and grids (n, 3) of (1, h, w)."""
-    tiles = torch.cat([tile_pixels(pixels, tile) for pixels in pictures])
-    grids = [(1, pixels.shape[-2] // tile, pixels.shape[-1] // tile) for pixels in pictures]
+    pictures = [_checked_pixels(pixels, tile) for pixels in pictures]
+    grids = [(1, pixels.shape[1] // tile, pixels.shape[2] // tile) for pixels in pictures]
+    tiles = _uninitialised((sum(1 + rows * cols for _, rows, cols in grids), 3, tile, tile), pictures)
+    start = 0
+    for pixels, (_, rows, cols) in zip(pictures, grids, strict=True):
+        end = start + 1 + rows * cols
+        overview = torch.nn.functional.interpolate(pixels[None], (tile, tile), mode="bicubic", align_corners=False)
+        tiles[start : start + 1] = overview
+        cut = pixels.reshape(3, rows, tile, cols, tile).permute(1, 3, 0, 2, 4)  # (3, h, t, w, t) -> (h, w, 3, t, t)
+        tiles[start + 1 : end].view(rows, cols, 3, tile, tile).copy_(cut)
+        start = end
     return tiles, torch.tensor(grids)
+
+
+def _uninitialised(shape: tuple[int, ...], like: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Room for pixels, in the dtype and on the device of `like`.
+
+    From NumPy where it can be: it asks for huge pages, and 90 MB in small ones take as long as the resize.
+    """
+    dtype = functools.reduce(torch.promote_types, (pixels.dtype for pixels in like))
+    if dtype == torch.float32 and like[0].device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, dtype=dtype, device=like[0].device)
+
+
+def without_overviews(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """Tiles as `stack_tiles` returns them -> the same without global views, so that a grid's product counts its rows.
+
+    Serving engines cut `pixel_values` into pictures by that product; `with_overviews` is the way back.
+    """
+    counts = (1 + grids.prod(-1)).tolist()
+    return torch.cat([picture[1:] for picture in tiles.split(counts)])
+
+
+def with_overviews(tiles: torch.Tensor, grids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Tiles without global views, and grids of (1, h, w) -> tiles as `stack_tiles` returns them, in the same dtype."""
+    channels, tile = tiles.shape[1:3]
+    counts = [rows * cols for _, rows, cols in grids]
+    stacked = []
+    for picture, (_, rows, cols) in zip(tiles.split(counts), grids, strict=True):
+        grid = picture.reshape(rows, cols, channels, tile, tile)
+        pixels = grid.permute(2, 0, 3, 1, 4).reshape(channels, rows * tile, cols * tile)  # -> (3, h * t, w * t)
+        stacked.append(tile_pixels(pixels.float(), tile).to(tiles.dtype))
+    return torch.cat(stacked)

@@ -26,7 +26,7 @@ from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
-from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles
+from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles, with_overviews
 from .modeling_internlm2 import InternLM2Model
 from .reuse_internlm_xcomposer2 import ReuseStore
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
@@ -106,6 +106,11 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """The released tree's name of the token embedding."""
         return self.language_model.tok_embeddings
 
+    def held(self, name: str) -> Tensor:
+        """A parameter of this module itself, fetched where accelerate has offloaded it (which it does in `forward`)."""
+        parameter, hook = getattr(self, name), getattr(self, "_hf_hook", None)
+        return parameter if not parameter.is_meta or hook is None else hook.weights_map[name].to(hook.execution_device)
+
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Tiles (N, 3, tile, tile) -> merged patches (N, S, S, 4 V), a bounded number of tiles at a time."""
         tiles = tiles.to(self.plora_sub_GN.dtype)
@@ -143,14 +148,18 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """Embeddings of pictures, one tensor (L, D) each in `pooler_output`.
 
         Args:
-            pixel_values: (N, 3, tile, tile), for each picture its global view, then its tiles in row order.
+            pixel_values: (N, 3, tile, tile), for each picture its global view, then its tiles in row order; or the
+                tiles alone, from which the global views are made here.
             image_grid_thw: (pictures, 3), rows of (1, tile rows, tile columns).
 
         Raises:
             ValueError: grids and tiles differ in number.
         """
         grids = image_grid_thw.tolist()
-        sequences = self.arrange_pictures(pixel_values, grids, self.plora_glb_GN, self.plora_sub_GN)
+        if len(pixel_values) == sum(rows * cols for _, rows, cols in grids):
+            pixel_values = with_overviews(pixel_values, grids)
+        separator, newline = (self.held(name) for name in ("plora_glb_GN", "plora_sub_GN"))
+        sequences = self.arrange_pictures(pixel_values, grids, separator, newline)
         projected = self.vision_proj(torch.cat(sequences))
         pooled = projected.split([len(sequence) for sequence in sequences])
         return BaseModelOutputWithPooling(last_hidden_state=projected[None], pooler_output=pooled)
@@ -161,6 +170,18 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """As `get_image_features`: a video is one tall picture of its frames."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, return_dict=True)
+
+    def get_rope_index(
+        self, input_ids: Tensor, mm_token_type_ids: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Positions (3, B, T) and their offset (B, 1), 0, as vLLM asks for them: it passes the decoder nothing else.
+
+        Rows 0 and 1 are plain positions; row 2 is larger by one at image tokens, and so carries the mask of partial
+        LoRA to `InternLM2Model.forward`.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        types = torch.zeros_like(input_ids) if mm_token_type_ids is None else mm_token_type_ids
+        return torch.stack([positions, positions, positions + (types > 0)]), torch.zeros_like(input_ids[:, :1])
 
     def image_slots(self, input_ids: Tensor) -> Tensor:
         """Where pictures and videos stand in ids (B, T): (B, T) bool."""
@@ -374,12 +395,12 @@ class InternLMXComposer2ForCausalLM(
     @property
     def plora_glb_GN(self) -> nn.Parameter:
         """Separator between global view and tiles (1, 1, 4 V)."""
-        return self.model.plora_glb_GN
+        return self.model.held("plora_glb_GN")
 
     @property
     def plora_sub_GN(self) -> nn.Parameter:
         """Newline that ends each row of image tokens (1, 1, 1, 4 V)."""
-        return self.model.plora_sub_GN
+        return self.model.held("plora_sub_GN")
 
     @property
     def vit(self):
