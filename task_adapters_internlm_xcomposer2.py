@@ -158,7 +158,11 @@ class TaskAdapterMixin:
         if self._merged_mode is not None:
             raise ValueError(f"{self._merged_mode!r} is merged into the weights; save outside of `merged_task_adapter`")
         passing = [] if self._adapter_folder is None else list(self.config.text_config.task_adapter_ranks)
-        passing = self.load_task_adapters(passing, device="cpu") if kwargs.get("state_dict") is None else []
+        passing = self.load_task_adapters(passing, device="cpu")
+        if passing and kwargs.get("state_dict"):  # of a sharded model: the caller's, gathered before
+            endings = tuple(f".task_{side}.{name}.weight" for name in passing for side in "AB")
+            on_disk = {name: tensor for name, tensor in self.named_parameters() if name.endswith(endings)}
+            kwargs["state_dict"] = {**kwargs["state_dict"], **on_disk}
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
