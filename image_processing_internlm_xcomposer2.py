@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from transformers import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
 from .configuration_internlm_xcomposer2 import VISION_DEFAULTS
@@ -41,6 +41,11 @@ def open_picture(source: Any) -> Any:
     if isinstance(source, str) and _BASE64.fullmatch(source) and not os.path.exists(source):
         source = f"data:;base64,{''.join(source.split())}"
     return load_media(source)
+
+
+def first_given(*values: Any) -> Any:
+    """The first of `values` that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 def as_rows(images: Any) -> list[list[Any]]:
@@ -80,7 +85,7 @@ class TileFields:
         return {"tile": vision["image_size"], "patch_size": vision["patch_size"]}
 
 
-class InternLMXComposer2ImageProcessor(TileFields, PilBackend):
+class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
     """Pictures of any source that `chat` takes -> `pixel_values` (N, 3, tile, tile), `image_grid_thw` (n, 3).
 
     Args:
@@ -91,6 +96,11 @@ class InternLMXComposer2ImageProcessor(TileFields, PilBackend):
     valid_kwargs = InternLMXComposer2ImagesKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
     hd_num = None
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The picture that takes most tokens: a serving engine reserves memory by it."""
+        return {"height": first_given(self.hd_num, ONE_IMAGE_HD_NUM) * self.tile, "width": self.tile}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open sources, in whatever nesting they come."""
@@ -117,7 +127,7 @@ class InternLMXComposer2ImageProcessor(TileFields, PilBackend):
         pictures = [picture for row in rows for picture in row]
         if not pictures:
             raise ValueError("0 images; pass images=None for a prompt without")
-        hd_num = self.hd_num if hd_num is None else hd_num
+        hd_num = first_given(hd_num, self.hd_num)
         if hd_num is None:
             hd_num = [default_hd_num(len(row)) for row in rows for _ in row]
         elif not isinstance(hd_num, list | tuple):
@@ -133,7 +143,7 @@ class InternLMXComposer2ImageProcessor(TileFields, PilBackend):
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Rows of `pixel_values` of a picture: its global view and its tiles."""
-        hd_num = (images_kwargs or {}).get("hd_num") or self.hd_num or ONE_IMAGE_HD_NUM
+        hd_num = first_given((images_kwargs or {}).get("hd_num"), self.hd_num, ONE_IMAGE_HD_NUM)
         rows, cols = hd_grid(width, height, hd_num, self.tile)
         return 1 + rows * cols
 

@@ -14,10 +14,12 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows
+from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, first_given
 from .ixc_utils import ONE_IMAGE_HD_NUM, default_hd_num, hd_grid, media_grid, without_overviews
 from .prompting_internlm_xcomposer2 import IMAGE_MARK, TURN_CLOSE
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
+
+CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url")  # as in chat_template.jinja
 
 
 class InternLMXComposer2ProcessorKwargs(ProcessingKwargs, total=False):
@@ -35,6 +37,11 @@ class Pictures(NamedTuple):
     hd_num: list[int]
 
 
+def hd_num_of(kwargs: dict) -> int | list[int] | None:
+    """`hd_num` among the arguments of a call, flat or under `images_kwargs`."""
+    return first_given(kwargs.get("hd_num"), (kwargs.get("images_kwargs") or {}).get("hd_num"))
+
+
 def share_out(items: list[Any], slots: Sequence[int], kind: str) -> list[list[Any]]:
     """A flat list of pictures or videos -> a list for each text, by the places the texts have for them."""
     if len(slots) == 1:
@@ -46,6 +53,18 @@ def share_out(items: list[Any], slots: Sequence[int], kind: str) -> list[list[An
         )
     left = iter(items)
     return [[next(left) for _ in range(count)] for count in slots]
+
+
+def check_items(conversation: Sequence[Any]) -> None:
+    """Raise a ValueError for a content item of unknown type: the library opens sound before the template refuses it."""
+    for message in conversation:
+        if isinstance(message, list | tuple):
+            check_items(message)
+        elif isinstance(message, dict) and isinstance(message.get("content"), list | tuple):
+            for item in message["content"]:
+                kind = item.get("type") if isinstance(item, dict) else item
+                if kind not in CONTENT_TYPES:
+                    raise ValueError(f"unknown type {kind!r} of a content item; use one of {', '.join(CONTENT_TYPES)}")
 
 
 def drop_close(text: Any, wanted: bool) -> Any:
@@ -95,6 +114,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
         `load_audio_from_video` is not passed on: servers set it for every video, and this model takes no audio.
         """
+        check_items(conversation)
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
@@ -120,13 +140,13 @@ class InternLMXComposer2Processor(ProcessorMixin):
                 beside others. Then tiles come without global views (the model makes them), and the `hd_num` of a
                 picture depends on nothing but the picture: 24 unless told.
         """
-        if not return_text_replacement_offsets:
-            return super().__call__(*args, **kwargs)
-        if self.image_processor.hd_num is None and not (kwargs.get("images_kwargs") or {}).get("hd_num"):
-            kwargs["hd_num"] = kwargs.get("hd_num") or ONE_IMAGE_HD_NUM
-        inputs = super().__call__(*args, return_text_replacement_offsets=True, **kwargs)
+        # An assistant mask asks for both offsets.
+        serving = return_text_replacement_offsets and not kwargs.get("return_offsets_mapping")
+        if serving and first_given(hd_num_of(kwargs), self.image_processor.hd_num) is None:
+            kwargs["hd_num"] = ONE_IMAGE_HD_NUM
+        inputs = super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
         for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-            if pixels in inputs:
+            if serving and pixels in inputs:
                 inputs[pixels] = without_overviews(inputs[pixels], inputs[grids])
         return inputs
 
@@ -161,8 +181,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     def _process_images(self, images: Pictures, hd_num=None, **kwargs):
         """Tiles, and the text that stands for each picture."""
-        if hd_num is None:
-            hd_num = images.hd_num if self.image_processor.hd_num is None else self.image_processor.hd_num
+        hd_num = first_given(hd_num, self.image_processor.hd_num, images.hd_num)
         inputs = self.image_processor(images.sources, hd_num=hd_num, **kwargs)
         return inputs, [self.replace_image_token(inputs, index) for index in range(len(images.sources))]
 
@@ -185,6 +204,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     def _texts(self, text: str | Sequence[str], **kwargs) -> list[str]:
         """A list of texts whose places are all placeholders, and whose BOS is the tokenizer's to add."""
+        if not isinstance(text, str | list | tuple):
+            raise ValueError(f"text must be text or a list of texts, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
@@ -244,8 +265,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """
         data: dict[str, list[int]] = {}
         if image_sizes is not None:
-            hd_num = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("hd_num") or self.image_processor.hd_num
-            most = hd_num or default_hd_num(len(image_sizes) + len(video_sizes or ()))
+            default = default_hd_num(len(image_sizes) + len(video_sizes or ()))
+            most = first_given(hd_num_of(kwargs), self.image_processor.hd_num, default)
             grids = [hd_grid(width, height, most, self.image_processor.tile) for height, width in image_sizes]
             data["num_image_tokens"] = [self.image_processor.num_tokens(*grid) for grid in grids]
             data["num_image_patches"] = [1 + rows * cols for rows, cols in grids]
