@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
-from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, seeded
-from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, cut_answer, with_turn
+from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of, seeded
+from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, check_history, cut_answer, with_turn
 from .webpage_internlm_xcomposer2 import (
     PUBLIC_FILE,
     RESUME_QUERY,
@@ -107,6 +107,7 @@ class ChatMixin(ConversationMixin):
             ValueError: slots and pictures differ in number, a prompt longer than the model's, a history of another
                 shape, an unknown adapter, a picture that cannot be read. All before any compute.
         """
+        check_history(history)
         history = list(history or ())
         tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of(infer_mode)
@@ -144,6 +145,7 @@ class ChatMixin(ConversationMixin):
         Characters appear whole. The conversation is opened and checked in this call, before the first step. Leaving
         the iterator early stops the generation; what generation raises is raised here.
         """
+        check_history(history)
         history = list(history or ())
         tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of(infer_mode)
@@ -157,7 +159,7 @@ class ChatMixin(ConversationMixin):
             queue, left, failure = TokenQueue(), threading.Event(), []
             stop = StoppingCriteriaList(settings.pop("stopping_criteria", None) or [])
             stop.append(lambda ids, scores, **_: torch.full((len(ids),), left.is_set(), device=ids.device))
-            device_type = self.device.type
+            device_type = place_of(self).type
             autocast = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
 
             def generate() -> None:

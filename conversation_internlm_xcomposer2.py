@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
-from .ixc_utils import default_hd_num, image_tokens, load_media, media_grid, stack_tiles, to_pixels
+from .ixc_utils import check_hd_num, default_hd_num, image_tokens, load_media, media_grid, stack_tiles, to_pixels
 from .prompting_internlm_xcomposer2 import (
     TURN_CLOSE,
     Prompt,
@@ -68,6 +68,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def place_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes. Offloaded weights lie on "meta" until accelerate's hook fetches them for a call."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(module.parameters()).device
+    return torch.device("cpu") if torch.device(device).type == "meta" else torch.device(device)
+
+
 class ConversationMixin:
     """The steps of a call, and the embedding helpers that the release's clients use."""
 
@@ -90,6 +98,7 @@ class ConversationMixin:
         images = as_list(image)
         pieces = place_images(text, len(images))
         hd_num = default_hd_num(len(images)) if hd_num is None else hd_num
+        check_hd_num(hd_num)
         pictures = [load_media(source) for source in images]
         lengths = self._image_lengths(pictures, hd_num)
         placeholders = [self.config.image_token_id] * len(pictures)
@@ -127,7 +136,8 @@ class ConversationMixin:
         if missing:
             pixels = [self._pixels(conversation.pictures[i], conversation.hd_num) for i in missing]
             tiles, grids = stack_tiles(pixels, self.config.tile)
-            features = self.get_image_features(tiles.to(self.device), grids, return_dict=True).pooler_output
+            tiles = tiles.to(place_of(self.model.vision_tower))
+            features = self.get_image_features(tiles, grids, return_dict=True).pooler_output
             for i, feature in zip(missing, features, strict=True):
                 found[i] = feature
                 if keep:
@@ -141,7 +151,7 @@ class ConversationMixin:
             seen: positions that a cache holds: pictures that end before are not embedded.
         """
         embedding = self.get_input_embeddings()
-        input_ids = torch.tensor([conversation.prompt.input_ids], device=embedding.weight.device)
+        input_ids = torch.tensor([conversation.prompt.input_ids], device=place_of(embedding))
         inputs_embeds = embedding(input_ids)
         image_mask = torch.zeros_like(input_ids)
         spans = conversation.prompt.image_spans
@@ -153,7 +163,7 @@ class ConversationMixin:
 
     def _circumstances(self) -> Hashable:
         """What every kept tensor depends on besides weights."""
-        device_type = self.device.type
+        device_type = place_of(self).type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         return autocast, self.training, self.config._attn_implementation
 
@@ -235,12 +245,12 @@ class ConversationMixin:
     def _answer_from_ids(self, tokenizer, conversation: Conversation, infer_mode: str, settings: dict) -> str:
         """Generate from token ids, where drafts are looked up in the prompt; the penalty still spares the prompt."""
         prompt, pictures, _, hd_num = conversation
-        input_ids = torch.tensor([prompt.input_ids], device=self.get_input_embeddings().weight.device)
+        input_ids = torch.tensor([prompt.input_ids], device=place_of(self.get_input_embeddings()))
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if pictures:
             pixels = [self._pixels(picture, hd_num) for picture in pictures]
             tiles, inputs["image_grid_thw"] = stack_tiles(pixels, self.config.tile)
-            inputs["pixel_values"] = tiles.to(self.device)
+            inputs["pixel_values"] = tiles.to(place_of(self.model.vision_tower))
             inputs["mm_token_type_ids"] = self.model.image_slots(input_ids).long()
         penalty = settings.pop("repetition_penalty", 1.0)
         processors = LogitsProcessorList(settings.pop("logits_processor", None) or [])
@@ -305,7 +315,7 @@ class ConversationMixin:
         """Text -> token embeddings (1, T, D), with `model.tokenizer`."""
         tokens = self._tokenizer(None)(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
         embedding = self.get_input_embeddings()
-        return embedding(tokens.to(embedding.weight.device))
+        return embedding(tokens.to(place_of(embedding)))
 
     def encode_img(self, image: Any, hd_num: int | None = None) -> Tensor | None:
         """One picture or video (anything `chat` takes; None stays None) -> embeddings (1, L, D).

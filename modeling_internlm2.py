@@ -257,6 +257,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        if image_mask is None and self.training:  # data-parallel training waits for a gradient on every parameter
+            image_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         dense = self.dense_partial_lora or self.training or torch.compiler.is_compiling()
         if position_ids.ndim == 3:
             position_ids, image_mask, dense = position_ids[0], position_ids[2] != position_ids[0], True

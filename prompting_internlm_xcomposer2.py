@@ -58,7 +58,7 @@ def check_history(history: Iterable) -> list[tuple[str, str]]:
     Raises:
         ValueError: an entry of another shape; says which.
     """
-    if isinstance(history, str | dict):
+    if isinstance(history, str | dict) or not isinstance(history or (), Iterable):
         raise ValueError(f"history must be a list of (query, answer) pairs, got {type(history).__name__}: {history!r}")
     pairs = []
     for index, entry in enumerate(history or ()):
@@ -119,7 +119,11 @@ def place_images(prompt: str, num_images: int) -> list[str]:
 
 
 def tokenize_prompt(
-    pieces: Sequence[str], image_lengths: Sequence[int], placeholders: Sequence[int], tokenize: Tokenize
+    pieces: Sequence[str],
+    image_lengths: Sequence[int],
+    placeholders: Sequence[int],
+    tokenize: Tokenize,
+    bos_on_text: bool = False,
 ) -> Prompt:
     """Tokenise piece by piece, BOS on the first alone, and put placeholders where the pictures stand.
 
@@ -128,14 +132,18 @@ def tokenize_prompt(
         image_lengths: tokens of each of the n pictures.
         placeholders: the token id that holds each picture's place.
         tokenize: (text, begins) -> ids, see `tokenize_with`.
+        bos_on_text: a picture in front of all text stands before BOS, as in the released training; in chat it stands
+            after.
     """
-    ids = list(tokenize(pieces[0], True))
+    begins = bool(pieces[0]) or not bos_on_text
+    ids = list(tokenize(pieces[0], True)) if begins else []
     spans = []
     for length, placeholder, piece in zip(image_lengths, placeholders, pieces[1:], strict=True):
         spans.append((len(ids), len(ids) + length))
         ids += [placeholder] * length
         if piece:
-            ids += tokenize(piece, False)
+            ids += tokenize(piece, not begins)
+            begins = True
     return Prompt(ids, spans)
 
 
