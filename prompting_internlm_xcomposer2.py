@@ -172,7 +172,7 @@ def answer_labels(input_ids: Sequence[int], assistant_header: Sequence[int], clo
 
 
 def with_turn(history: Iterable[tuple[str, str]], query: str, answer: str) -> list[tuple[str, str]]:
-    """History with one more turn. A mark that the model wrote is no picture's place: the next turn must not count it."""
+    """History with one more turn. A mark that the model wrote is no picture's place: it must not be counted."""
     return [*history, (query, answer.replace(IMAGE_MARK, ""))]
 
 
