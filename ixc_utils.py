@@ -320,8 +320,7 @@ def load_media(
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # Pillow would start Ghostscript for these
         raise ValueError(f"{name} is PostScript; convert it to PNG first")
     try:
-        with Image.open(file) as img:
-            return _still(img, name)
+        img = Image.open(file)
     except Image.UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is neither a picture nor a video that can be read (first bytes {head[:16]!r}); known extensions: "
@@ -329,6 +328,8 @@ def load_media(
         ) from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
         raise _unreadable(name, error) from error
+    with img:
+        return _still(img, name)
 
 
 def to_rgb(img: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
-from .ixc_utils import BAND, TILE, get_font, normalize, stack_tiles, with_overviews
+from .ixc_utils import get_font, normalize, stack_tiles, with_overviews
 from .modeling_internlm2 import InternLM2Model
 from .reuse_internlm_xcomposer2 import ReuseStore
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
@@ -416,7 +416,7 @@ class InternLMXComposer2ForCausalLM(
     def font(self):
         """Label font of stitched videos: a font file in the model folder, else Pillow's own."""
         folder = self.config.name_or_path
-        return get_font(BAND * self.config.tile / TILE, folder if Path(folder).is_dir() else None)
+        return get_font(folder=folder if Path(folder).is_dir() else None)
 
     def _vit(self, images: list[Tensor], glb_GN: Tensor, sub_GN: Tensor) -> tuple[Tensor, list[int]]:
         """Pixels (1, 3, H, W) of several pictures -> merged patches (1, sum of L, 4 V) and each picture's L.

@@ -191,7 +191,6 @@ def test_batch_equals_single_runs_and_chat(processor, model):
             assert processor.decode(alone, skip_special_tokens=True) == answer
 
 
-@pytest.mark.xfail(reason="the model's label font is scaled twice where the tile is not 560", strict=False)
 @torch.no_grad()
 def test_videos_equal_those_of_chat(processor, model):
     for query, pictures, clips in ROWS[3:]:
