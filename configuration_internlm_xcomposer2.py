@@ -125,6 +125,8 @@ class InternLM2Config(PretrainedConfig):
         self.rope_parameters = dict(rope_parameters) if rope_parameters else None
         if rope_parameters is None:
             kwargs.setdefault("rope_theta", 1e6)
+        if kwargs.get("rope_scaling"):
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])  # transformers fills it in, and it is the caller's
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -167,6 +169,8 @@ TEXT_FIELDS = (
 )  # fmt: skip
 # These too, but only in `text_config`: transformers validates whatever config carries them.
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
+
+MODEL_TYPE_SPELLINGS = ("internlm2", "internlm", "internlm2_xcomposer")
 
 # CLIP ViT-L/14 at 560 x 560, as in the 7B release.
 VISION_DEFAULTS = {
@@ -241,6 +245,14 @@ class InternLMXcomposer2Config(PretrainedConfig):
             logger.warning_once("flash-attn is asked for but not installed: attention runs on PyTorch's SDPA.")
             kwargs["attn_implementation"] = "sdpa"
         super().__init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """transformers' reader; siblings that spell `model_type` in another way are this model."""
+        fields, kwargs = super().get_config_dict(*args, **kwargs)
+        if fields.get("model_type") in MODEL_TYPE_SPELLINGS:
+            fields["model_type"] = cls.model_type
+        return fields, kwargs
 
     @property
     def tile(self) -> int:

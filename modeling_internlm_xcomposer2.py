@@ -84,6 +84,10 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     """
 
     tiles_at_once = 8  # the ViT's activations stay small however large the picture is
+    _keys_to_ignore_on_load_unexpected = [
+        *InternLMXComposer2PreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",  # of a whole checkpoint
+    ]
 
     def __init__(self, config: InternLMXcomposer2Config):
         super().__init__(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
 
 from .build_mlp import AdaptedLinear, resident_task_adapters
 
@@ -22,13 +22,14 @@ HUB_ARGUMENTS = ("cache_dir", "revision", "token", "subfolder")
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Where each tensor of a checkpoint folder lies: name -> file (safetensors, else `.bin`). Reads headers only."""
-    for pattern in ("*.safetensors", "*.bin"):
-        for index in sorted(folder.glob(pattern + ".index.json")):
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in weight_map.items()}
-        for file in sorted(folder.glob("model" + pattern[1:])) + sorted(folder.glob("pytorch_model" + pattern[1:])):
+    """Where each tensor of a checkpoint folder lies: name -> file, in the order transformers looks. Reads headers."""
+    for file in (folder / SAFE_WEIGHTS_NAME, folder / WEIGHTS_NAME):
+        index = file.with_name(file.name + ".index.json")
+        if file.is_file():
             return dict.fromkeys(_open(file), file)
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / shard for name, shard in weight_map.items()}
     return {}
 
 
