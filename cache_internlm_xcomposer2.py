@@ -19,6 +19,7 @@ class GrowingLayer(DynamicLayer):
     """
 
     buffers: tuple[Tensor, Tensor] | None = None
+    shared, copies = 0, 1  # the first so many positions are the same in every so many rows side by side
 
     def _fits(self, positions: int) -> bool:
         """Whether the buffers hold what `keys` shows (nobody has replaced it) and have room for so many positions."""
@@ -48,14 +49,41 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Let rows trade places (beam search does in every step), room included."""
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Copies of each row side by side, room included."""
         seen = self.get_seq_length()
         if seen and self._fits(seen):
-            self.buffers = tuple(buffer[indices] for buffer in self.buffers)  # type: ignore[assignment]
-            self.keys, self.values = (buffer[:, :, :seen] for buffer in self.buffers)
+            self._place(tuple(buffer.repeat_interleave(repeats, dim=0) for buffer in self.buffers), seen)
+        else:
+            super().batch_repeat_interleave(repeats)
+        self.shared, self.copies = (self.shared, self.copies * repeats) if self.shared else (seen, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, room included."""
+        seen = self.get_seq_length()
+        if seen and self._fits(seen):
+            self._place(tuple(buffer[indices] for buffer in self.buffers), seen)
         else:
             super().batch_select_indices(indices)
+        self.shared, self.copies = 0, 1
+
+    def crop(self, *args, **kwargs) -> None:
+        """As transformers' (whose argument has changed); what is written from here on is no longer shared."""
+        super().crop(*args, **kwargs)
+        self.shared = min(self.shared, self.get_seq_length())
+
+    def trade(self, indices: Tensor, shared: int) -> None:
+        """Give each row the positions from `shared` on of another row."""
+        seen = self.get_seq_length()
+        if self._fits(seen):
+            for buffer in self.buffers:
+                buffer[:, :, shared:seen] = buffer[:, :, shared:seen].index_select(0, indices.to(buffer.device))
+        else:
+            self.reorder_cache(indices)
+
+    def _place(self, buffers: tuple[Tensor, ...], seen: int) -> None:
+        self.buffers = buffers  # type: ignore[assignment]
+        self.keys, self.values = (buffer[:, :, :seen] for buffer in buffers)
 
 
 class GrowingCache(DynamicCache):
@@ -64,6 +92,16 @@ class GrowingCache(DynamicCache):
     def __init__(self, config):
         super().__init__(config=config)
         self.layers = [GrowingLayer() for _ in self.layers]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let rows trade places, as beam search does in every step: the prompt that a row's beams share stays."""
+        shared, copies = self.layers[0].shared, self.layers[0].copies
+        groups = torch.arange(len(beam_idx), device=beam_idx.device) // copies
+        if not shared or bool((beam_idx // copies != groups).any()):
+            shared = 0
+        for layer in self.layers:
+            layer.trade(beam_idx, shared)
+            layer.shared = shared
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Tensor, Tensor]]) -> "GrowingCache":
