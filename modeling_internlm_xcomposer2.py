@@ -28,6 +28,7 @@ from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
 from .ixc_utils import get_font, normalize, stack_tiles, with_overviews
 from .modeling_internlm2 import InternLM2Model
+from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 
@@ -48,7 +49,7 @@ RENAMINGS = [
 OTHER_CACHES = ("past_key_values", "cache_implementation", "generation_config", "assistant_model")
 
 
-class InternLMXComposer2PreTrainedModel(PreTrainedModel):
+class InternLMXComposer2PreTrainedModel(QuantisationMixin, PreTrainedModel):
     """What transformers may do with the model, and what it may find in a released checkpoint."""
 
     config_class = InternLMXcomposer2Config
