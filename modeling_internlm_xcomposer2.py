@@ -85,10 +85,6 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     """
 
     tiles_at_once = 8  # the ViT's activations stay small however large the picture is
-    _keys_to_ignore_on_load_unexpected = [
-        *InternLMXComposer2PreTrainedModel._keys_to_ignore_on_load_unexpected,
-        r"^lm_head\.",  # of a whole checkpoint
-    ]
 
     def __init__(self, config: InternLMXcomposer2Config):
         super().__init__(config)
@@ -99,6 +95,15 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
         self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        """The library's check of a checkpoint's names; a whole checkpoint's head is no surprise.
+
+        (Listed among the ignored names, it would be left out by vLLM too, which builds the head beside this model.)
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        names = {name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")}
+        loading_info.unexpected_keys = names
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.tok_embeddings
