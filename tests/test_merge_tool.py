@@ -251,6 +251,18 @@ def test_broken_sources(sources, tmp_path):
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists(), change.__name__
 
 
+def test_bin_files_are_mapped_not_read(sources, tmp_path, monkeypatch):
+    load_file_of_torch, mapped = torch.load, []
+
+    def noted(*args, **kwargs):
+        mapped.append(kwargs.get("mmap") and kwargs.get("weights_only"))
+        return load_file_of_torch(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", noted)
+    merger.merge(sources["bins"], tmp_path / "out", "web", progress=False)
+    assert mapped == [True] * LAYOUTS["bins"][0]
+
+
 def test_an_interrupted_run_leaves_nothing(sources, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")

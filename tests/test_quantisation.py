@@ -38,7 +38,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full(source):
-    return load(source)
+    return load(source, task_adapters="all")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def quantised(source):
 
     def get(method):
         if method not in models:
-            models[method] = load(source, report.quantisation_config(method, torch.float32, "cpu"))
+            config = report.quantisation_config(method, torch.float32, "cpu")
+            models[method] = load(source, config, task_adapters="all")
         return models[method]
 
     return get
@@ -194,7 +195,8 @@ def test_saved_and_loaded_again(source, tmp_path, method):
 def test_callers_config_is_theirs(source):
     """A plain config comes back as it went in; modules named in it replace the default; a dict will do."""
     config = BitsAndBytesConfig(load_in_8bit=True)
-    load(source, config)
+    model = load(source, config)
+    type(model).from_pretrained(source, quantization_config=config)
     assert config.llm_int8_skip_modules is None
 
     everything = load(source, BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]))
@@ -278,6 +280,14 @@ def test_report(source, capsys):
         assert 0 < row["mean"] <= row["max"] and row["prefill"] < 3 * rows["full"]["prefill"]
     assert rows["ao-int8"]["mean"] < rows["nf4"]["mean"]
     gc.collect()
+
+
+def test_report_compares_where_the_answer_is_predicted(source, full):
+    measure = report.Measure(str(source), torch.float32, "cpu", "base", steps=5)
+    prompt = inputs(full)
+    measure.full_precision(prompt)
+    answer = measure.inputs["input_ids"][0, prompt["input_ids"].shape[1] :]
+    assert measure.reference.shape[0] == 5 and torch.equal(measure.reference.argmax(-1)[:-1], answer)
 
 
 def test_report_refuses_early(source, capsys):
