@@ -102,7 +102,8 @@ def last_checkpoint(output: Path, run: dict, resume: bool) -> str | None:
     Raises:
         FileExistsError: a run is there and is not to be resumed. ValueError: it is another run.
     """
-    if not output.exists() or not any(output.iterdir()):
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    if names <= {RUN_FILE}:  # also where a run failed before its first step
         return None
     file = output / RUN_FILE
     if not file.is_file():
