@@ -187,7 +187,8 @@ class TaskAdapterMixin:
         try:
             for path, module in self._adapted_linears():
                 weight = module.linear.weight
-                if not weight.is_floating_point() or weight.is_meta:
+                plain_tensor = type(weight.data) is Tensor and weight.is_floating_point()
+                if not plain_tensor or weight.is_meta:
                     raise ValueError(
                         f"{path} is quantised or offloaded: merge the checkpoint with tools/merge_task_adapter.py"
                     )
