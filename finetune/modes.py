@@ -23,7 +23,6 @@ MODES = ("full", "lora", "qlora", "adapter")
 LEARNING_RATES = {"full": 1e-5, "lora": 5e-5, "qlora": 5e-5, "adapter": 5e-5}
 # The decoder's own linears, beneath their adapters.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))\.linear"
-UNQUANTISED = [".*vision_tower", ".*vision_proj", ".*Plora_A", ".*Plora_B", ".*task_A", ".*task_B", "lm_head"]
 ADAPTER_FILE = "task_adapter.safetensors"  # what a checkpoint of an adapter run holds
 # Part of the model -> its parameters in the module tree.
 PARTS = {
@@ -47,10 +46,7 @@ def load_model(folder: str | Path, mode: str, dtype: torch.dtype | str | None = 
     if mode == "qlora":
         compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=compute,
-            llm_int8_skip_modules=UNQUANTISED,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
         if device is not None and torch.device(device).type != "cpu":
             kwargs["device_map"] = {"": device}
