@@ -115,8 +115,18 @@ class GrowingCache(DynamicCache):
 
 
 def cache_bytes(cache: GrowingCache) -> int:
-    """Bytes of the keys and values of a cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    """Bytes that a cache occupies: keys, values, and their room to grow."""
+    filled = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(t.untyped_storage().nbytes() for layer in filled for t in (layer.keys, layer.values))
+
+
+def drop_room(cache: GrowingCache) -> None:
+    """Give back the room to grow, one layer after the other."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.buffers = None
+            layer.keys = layer.keys.clone(memory_format=torch.contiguous_format)
+            layer.values = layer.values.clone(memory_format=torch.contiguous_format)
 
 
 def crop(cache: GrowingCache, length: int) -> None:
@@ -124,6 +134,8 @@ def crop(cache: GrowingCache, length: int) -> None:
     surplus = cache.get_seq_length() - length
     if surplus > 0:
         cache.crop(-surplus)
+        if surplus > max(MIN_ROOM, length):  # most of the buffers would lie idle
+            drop_room(cache)
 
 
 def row_of(cache: GrowingCache, row: int, start: int, end: int) -> GrowingCache:

@@ -39,6 +39,11 @@ class PrefillMixin:
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         # A static cache has a place for each copy from the start, so each copy must run.
         shared = copies if self.share_prefill and isinstance(cache, DynamicCache) else 1
+        if isinstance(cache, DynamicCache) and cache.get_seq_length():
+            if len(cache.layers[0].keys) == len(input_ids):  # has a row for each copy, as transformers expects it
+                shared = 1
+            elif shared < copies:
+                cache.batch_repeat_interleave(copies)
         inputs = {
             name: value[::shared] if isinstance(value, Tensor) and name not in PICTURE_INPUTS else value
             for name, value in {**model_kwargs, "input_ids": input_ids}.items()

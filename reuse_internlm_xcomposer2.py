@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop
+from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop, drop_room
 
 Key = Sequence[Hashable]  # a conversation: token ids, and for each token of a picture the picture's digest
 
@@ -35,7 +35,7 @@ def digest(picture: Any, *settings: Hashable) -> bytes:
             pixels: Any = np.ascontiguousarray(np.asarray(part))
         else:
             pixels = part.detach().cpu().contiguous().view(torch.uint8).numpy()
-        content.update(f"{type(part).__name__} {pixels.shape} {getattr(part, 'dtype', '')}".encode())
+        content.update(f"{isinstance(part, Image.Image)} {pixels.shape} {getattr(part, 'dtype', '')}".encode())
         content.update(pixels.data)
     return content.digest()
 
@@ -63,7 +63,7 @@ def weights_stamp(module: nn.Module, skip: Callable[[str], bool] = lambda name: 
     tuners = tuple(
         (str(layer.active_adapters), str(getattr(layer, "merged_adapters", "")), layer.disable_adapters)
         for layer in module.modules()
-        if hasattr(layer, "active_adapters") and hasattr(layer, "disable_adapters")
+        if isinstance(getattr(type(layer), "disable_adapters", None), property)  # a method of transformers' models
     )
     return hash((tuple(identity), values, tuners))
 
@@ -83,10 +83,29 @@ class ReuseStore:
     """
 
     def __init__(self, prefix_bytes: int = 2 << 30, picture_bytes: int = 512 << 20):
-        self.prefix_bytes = prefix_bytes
-        self.picture_bytes = picture_bytes
         self._prefixes: list[Prefix] = []
         self._pictures: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._limits = [prefix_bytes, picture_bytes]
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Most bytes of key/value caches. A lower limit takes effect at once."""
+        return self._limits[0]
+
+    @prefix_bytes.setter
+    def prefix_bytes(self, limit: int) -> None:
+        self._limits[0] = limit
+        self._trim()
+
+    @property
+    def picture_bytes(self) -> int:
+        """Most bytes of picture embeddings. A lower limit takes effect at once."""
+        return self._limits[1]
+
+    @picture_bytes.setter
+    def picture_bytes(self, limit: int) -> None:
+        self._limits[1] = limit
+        self._trim()
 
     @property
     def enabled(self) -> bool:
@@ -126,9 +145,16 @@ class ReuseStore:
 
     def keep(self, key: list[Hashable], stamp: Hashable, cache: GrowingCache) -> None:
         """Keep a conversation's cache, unless it alone is over the limit."""
+        if cache_bytes(cache) > self.prefix_bytes:
+            drop_room(cache)
         self._prefixes.append(Prefix(key[: cache.get_seq_length()], stamp, cache))
+        self._trim()
+
+    def _trim(self) -> None:
         while self._prefixes and sum(cache_bytes(prefix.cache) for prefix in self._prefixes) > self.prefix_bytes:
             self._prefixes.pop(0)
+        while self._pictures and sum(kept.nbytes for kept in self._pictures.values()) > self.picture_bytes:
+            self._pictures.popitem(last=False)
 
     def picture(self, key: Hashable) -> Tensor | None:
         """Embeddings (L, D) of a picture seen before."""
@@ -139,5 +165,4 @@ class ReuseStore:
     def keep_picture(self, key: Hashable, embeds: Tensor) -> None:
         """Keep a picture's embeddings (L, D)."""
         self._pictures[key] = embeds.clone()  # not a view of its whole batch
-        while self._pictures and sum(kept.nbytes for kept in self._pictures.values()) > self.picture_bytes:
-            self._pictures.popitem(last=False)
+        self._trim()
