@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from finetune.modes import ADAPTER_FILE, adapter_state
+from finetune.modes import ADAPTER_FILE, LEARNING_RATES, adapter_state
 from prompting_internlm_xcomposer2 import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,12 @@ class IXCTrainer(Trainer):
     """
 
     def __init__(
-        self, *args, base: Path | None = None, infer_mode: str = "base", adapters: tuple[str, ...] = (),
-        lengths: Sequence[int] | None = None, save_dtype: torch.dtype | None = None, **kwargs,
+        self, model, args: Arguments, *, base: Path | None = None, infer_mode: str = "base",
+        adapters: tuple[str, ...] = (), lengths: Sequence[int] | None = None, save_dtype: torch.dtype | None = None, **kwargs,
     ):  # fmt: skip
-        super().__init__(*args, **kwargs)
+        if args.learning_rate is None:
+            args.learning_rate = LEARNING_RATES["lora" if adapters or hasattr(model, "peft_config") else "full"]
+        super().__init__(model, args, **kwargs)
         self.base, self.infer_mode, self.adapters = base, infer_mode, adapters
         self.lengths, self.save_dtype = lengths, save_dtype
         self.add_callback(LossCurve())

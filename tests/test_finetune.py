@@ -10,16 +10,17 @@ import sys
 import pytest
 import torch
 from conftest import MARK, REPO, load, tiny
+from PIL import Image
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(REPO / "examples"))
 
 import example_chat  # noqa: E402
 
-from finetune import finetune, modes  # noqa: E402
+from finetune import finetune, modes, training  # noqa: E402
 from finetune.data import Collator, Encoder  # noqa: E402
-from finetune.formats import row_of  # noqa: E402
+from finetune.formats import Row, row_of  # noqa: E402
 
 DATA = REPO / "examples" / "data"
 HOUSE, SHAPES = str(DATA / "house.png"), str(DATA / "shapes.png")
@@ -83,8 +84,6 @@ def changed(folder, base):
 
 
 def batch(folder):
-    from transformers import AutoTokenizer
-
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     encoder = Encoder(config, AutoTokenizer.from_pretrained(folder, trust_remote_code=True), hd_num=2)
     return Collator(encoder)([encoder(row_of(record)) for record in RECORDS])
@@ -286,6 +285,34 @@ def test_evaluation_and_curve(run, data, tmp_path):
     assert len(evaluated) == 2 and evaluated[1] < evaluated[0]
     pytest.importorskip("matplotlib")
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_from_scratch_on_a_stream(base, tmp_path, monkeypatch):
+    """The parts by themselves, as another script uses them: random weights, rows made on the way."""
+    monkeypatch.chdir(tmp_path)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=True)
+    encoder = Encoder(config, AutoTokenizer.from_pretrained(base, trust_remote_code=True), hd_num=1)
+    model = AutoModel.from_config(config, trust_remote_code=True)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for number in range(1000):
+                name = ("red", "blue")[number % 2]
+                picture = Image.new("RGB", (30, 30), name)
+                yield encoder(Row([("user", f"{MARK}Which colour?"), ("assistant", name)], [picture]))
+
+    arguments = training.Arguments("out", max_steps=12, learning_rate=3e-3, per_device_train_batch_size=4,
+                                   use_cpu=True, dataloader_num_workers=0, save_strategy="no")  # fmt: skip
+    trainer = training.IXCTrainer(model, arguments, train_dataset=Stream(), data_collator=Collator(encoder), base=base)
+    trainer.train()
+    trainer.save_model()
+    found = losses(tmp_path / "out")
+    assert found[-1] < 0.8 * found[0]
+    saved = tensors(tmp_path / "out")
+    assert saved.keys() == {name for name in tensors(base) if "post_layernorm" not in name}
+    with torch.no_grad():
+        ids = torch.tensor([[1, 5, 9]])
+        assert torch.equal(load(tmp_path / "out")(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 # Two processes.
