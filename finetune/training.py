@@ -96,9 +96,17 @@ class IXCTrainer(Trainer):
     """
 
     def __init__(
-        self, model, args: Arguments, *, base: Path | None = None, infer_mode: str = "base",
-        adapters: tuple[str, ...] = (), lengths: Sequence[int] | None = None, save_dtype: torch.dtype | None = None, **kwargs,
-    ):  # fmt: skip
+        self,
+        model,
+        args: Arguments,
+        *,
+        base: Path | None = None,
+        infer_mode: str = "base",
+        adapters: tuple[str, ...] = (),
+        lengths: Sequence[int] | None = None,
+        save_dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
         if args.learning_rate is None:
             args.learning_rate = LEARNING_RATES["lora" if adapters or hasattr(model, "peft_config") else "full"]
         super().__init__(model, args, **kwargs)
