@@ -120,7 +120,7 @@ class AdaptedLinear(nn.Module):
         out = self.linear(x)
         if image_tokens is not None:
             if image_tokens.is_floating_point():
-                out = out + self.partial_lora(x) * image_tokens
+                out = out + self.partial_lora(x) * image_tokens.to(out.dtype)  # autocast may have changed it
             else:
                 delta = self.partial_lora(x.flatten(0, 1)[image_tokens])
                 out.view(-1, out.shape[-1]).index_add_(0, image_tokens, delta.to(out.dtype))

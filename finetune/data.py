@@ -79,7 +79,8 @@ class Encoder:
         pictures = [load_media(source, num_frm=self.num_frm) for source in row.media]
         grids = [media_grid(picture, hd_num, self.tile) for picture in pictures]
         lengths = [image_tokens(rows, cols, self.side) for rows, cols in grids]
-        prompt = tokenize_prompt(pieces, lengths, [self.image_token_id] * len(lengths), self.tokenize)
+        placeholders = [self.image_token_id] * len(lengths)
+        prompt = tokenize_prompt(pieces, lengths, placeholders, self.tokenize, bos_on_text=True)
         if len(prompt.input_ids) > self.max_length:
             raise ValueError(
                 f"{len(prompt.input_ids)} tokens, {sum(lengths)} of them image tokens, but at most {self.max_length} "

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import CLOSE, MARK, OPEN, REPO, read_golden
+from conftest import CLOSE, GOLDEN, MARK, OPEN, REPO, read_golden
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
@@ -190,6 +190,22 @@ def test_golden_labels_and_loss(golden_model, golden_tokenizer):
     with torch.no_grad():
         loss = golden_model(**answers_only(batch)).loss
     assert float(loss) == pytest.approx(TRAIN["text"]["loss"], rel=1e-4)
+
+
+def test_golden_loss_with_pictures(golden_model, golden_tokenizer):
+    """One picture without a mark, two with marks and a second turn; as recorded, the first stands before BOS."""
+    dialogues = [
+        [("user", "what is it?"), ("assistant", "a picture")],
+        [("user", f"Image1 {MARK}; Image2 {MARK}; compare"), ("assistant", "They differ."),
+         ("user", "why?"), ("assistant", "colour")],
+    ]  # fmt: skip
+    encoder = Encoder(golden_model.config, golden_tokenizer, hd_num=TRAIN["multi"]["hd_num"])
+    images = [[str(GOLDEN / image) for image in row] for row in TRAIN["multi"]["images"]]
+    features = [encoder(Row(turns, media)) for turns, media in zip(dialogues, images, strict=True)]
+    assert features[0]["input_ids"][0] == golden_model.config.image_token_id
+    with torch.no_grad():
+        loss = golden_model(**answers_only(Collator(encoder)(features))).loss
+    assert float(loss) == pytest.approx(TRAIN["multi"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("media", [[], [HOUSE], [HOUSE, SHAPES], [CLIP]])
