@@ -1,6 +1,6 @@
 """AutoImageProcessor: pictures -> tiles, through `ixc_utils` as `chat` does it. Knows no model and no text.
 
-Legend: n pictures, N tiles of all of them (each picture's global view first), tile = side of one ViT input in pixels.
+Legend: n pictures, N tiles of all of them, tile = side of one ViT input in pixels.
 """
 
 import os
@@ -142,10 +142,10 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Rows of `pixel_values` of a picture: its global view and its tiles."""
+        """Rows of `pixel_values` of a picture: its tiles."""
         hd_num = first_given((images_kwargs or {}).get("hd_num"), self.hd_num, ONE_IMAGE_HD_NUM)
         rows, cols = hd_grid(width, height, hd_num, self.tile)
-        return 1 + rows * cols
+        return rows * cols
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):

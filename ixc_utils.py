@@ -117,9 +117,7 @@ def _stitch_plan(sizes: Sequence[Size], tile: int) -> tuple[list[Size], bool, Si
     if not sizes:
         raise ValueError("0 frames to stitch; a video needs at least one")
     band, gap, long = _scaled(BAND, tile), _scaled(GAP, tile), 2 * tile
-    frames = [
-        (long, max(1, int(long / (w / h)))) if w > h else (max(1, int(long * (w / h))), long) for w, h in sizes
-    ]
+    frames = [(long, max(1, int(long / (w / h)))) if w > h else (max(1, int(long * (w / h))), long) for w, h in sizes]
     down = sizes[0][0] > sizes[0][1]
     widths, heights = zip(*frames, strict=True)
     if down:
@@ -689,6 +687,7 @@ class _TorchcodecReader(_Reader):
         frames = (self.video.get_frame_at(number) for number in wanted)
         return [(Image.fromarray(f.data.permute(1, 2, 0).contiguous().numpy()), f.pts_seconds - first) for f in frames]
 
+
 class _DecordReader(_Reader):
     def __init__(self, module: Any, file: File):
         self.video = module.VideoReader(file, num_threads=1)
@@ -698,6 +697,7 @@ class _DecordReader(_Reader):
         first = float(self.video.get_frame_timestamp(0)[0])
         times = [float(self.video.get_frame_timestamp(number)[0]) - first for number in wanted]
         return [(Image.fromarray(self.video[n].asnumpy()), at) for n, at in zip(wanted, times, strict=True)]
+
 
 class _GifReader(_Reader):
     """Pillow. Times come from each frame's duration; 0 means a tenth of a second, as browsers have it."""
@@ -739,28 +739,30 @@ def normalize(img: Image.Image, tile: int = TILE) -> torch.Tensor:
     return _to_tensor(to_rgb(img), tile)
 
 
-def tile_pixels(pixels: torch.Tensor, tile: int = TILE) -> torch.Tensor:
-    """Pixels (3, rows * tile, cols * tile) -> (1 + rows * cols, 3, tile, tile): the global view, then the tiles.
-
-    The global view is the whole picture at one tile's size (bicubic, no antialiasing); the tiles follow in row order.
-    """
-    return stack_tiles([pixels], tile)[0]
-
-
 def stack_tiles(pictures: Sequence[torch.Tensor], tile: int = TILE) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels of n pictures -> (N, 3, tile, tile), each global view before its tiles, and grids (n, 3) of (1, h, w)."""
+    """Pixels of n pictures -> all their tiles (N, 3, tile, tile) in row order, and grids (n, 3) of (1, rows, cols)."""
     pictures = [_checked_pixels(pixels, tile) for pixels in pictures]
     grids = [(1, pixels.shape[1] // tile, pixels.shape[2] // tile) for pixels in pictures]
-    tiles = _uninitialised((sum(1 + rows * cols for _, rows, cols in grids), 3, tile, tile), pictures)
+    tiles = _uninitialised((sum(rows * cols for _, rows, cols in grids), 3, tile, tile), pictures)
     start = 0
     for pixels, (_, rows, cols) in zip(pictures, grids, strict=True):
-        end = start + 1 + rows * cols
-        overview = torch.nn.functional.interpolate(pixels[None], (tile, tile), mode="bicubic", align_corners=False)
-        tiles[start : start + 1] = overview
+        end = start + rows * cols
         cut = pixels.reshape(3, rows, tile, cols, tile).permute(1, 3, 0, 2, 4)  # (3, h, t, w, t) -> (h, w, 3, t, t)
-        tiles[start + 1 : end].view(rows, cols, 3, tile, tile).copy_(cut)
+        tiles[start:end].view(rows, cols, 3, tile, tile).copy_(cut)
         start = end
     return tiles, torch.tensor(grids)
+
+
+def overview(tiles: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Tiles of one picture (rows * cols, 3, tile, tile) -> its global view (3, tile, tile), in the same dtype.
+
+    The whole picture at one tile's size: bicubic in fp32, no antialiasing.
+    """
+    tile = tiles.shape[-1]
+    grid = tiles.reshape(rows, cols, 3, tile, tile).permute(2, 0, 3, 1, 4)  # (h, w, 3, t, t) -> (3, h, t, w, t)
+    pixels = grid.reshape(1, 3, rows * tile, cols * tile).float()
+    view = torch.nn.functional.interpolate(pixels, (tile, tile), mode="bicubic", align_corners=False)
+    return view[0].to(tiles.dtype)
 
 
 def _uninitialised(shape: tuple[int, ...], like: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -772,24 +774,3 @@ def _uninitialised(shape: tuple[int, ...], like: Sequence[torch.Tensor]) -> torc
     if dtype == torch.float32 and like[0].device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, dtype=dtype, device=like[0].device)
-
-
-def without_overviews(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-    """Tiles as `stack_tiles` returns them -> the same without global views, so that a grid's product counts its rows.
-
-    Serving engines cut `pixel_values` into pictures by that product; `with_overviews` is the way back.
-    """
-    counts = (1 + grids.prod(-1)).tolist()
-    return torch.cat([picture[1:] for picture in tiles.split(counts)])
-
-
-def with_overviews(tiles: torch.Tensor, grids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Tiles without global views, and grids of (1, h, w) -> tiles as `stack_tiles` returns them, in the same dtype."""
-    channels, tile = tiles.shape[1:3]
-    counts = [rows * cols for _, rows, cols in grids]
-    stacked = []
-    for picture, (_, rows, cols) in zip(tiles.split(counts), grids, strict=True):
-        grid = picture.reshape(rows, cols, channels, tile, tile)
-        pixels = grid.permute(2, 0, 3, 1, 4).reshape(channels, rows * tile, cols * tile)  # -> (3, h * t, w * t)
-        stacked.append(tile_pixels(pixels.float(), tile).to(tiles.dtype))
-    return torch.cat(stacked)

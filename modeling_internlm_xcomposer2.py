@@ -1,6 +1,6 @@
 """InternLM-XComposer-2.5: vision tower, projector and decoder in one model that chats.
 
-Legend: B batch, T tokens, D decoder width, N tiles of all pictures (each picture's global view first), S tokens along a
+Legend: B batch, T tokens, D decoder width, N tiles of all pictures, S tokens along a
 side of a tile, L image tokens of one picture.
 
 Inside, the module tree is the one transformers and vLLM look for; on disk, the released parameter names stay, and
@@ -26,7 +26,7 @@ from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
-from .ixc_utils import get_font, normalize, stack_tiles, with_overviews
+from .ixc_utils import get_font, normalize, overview, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
@@ -136,19 +136,23 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         A sequence is the global view's rows, the separator, then the rows of the joined tiles; each row ends with the
         newline vector (InternLM-XComposer2-4KHD, arXiv:2404.06512, section 3.2).
         """
-        counts = [1 + rows * cols for _, rows, cols in grids]
-        if sum(counts) != tiles.shape[0]:
+        counts = [rows * cols for _, rows, cols in grids]
+        if sum(counts) != len(tiles):
             raise ValueError(
-                f"the grids {grids} ask for {sum(counts)} tiles (a global view and rows x cols for each picture), but "
-                f"pixel_values holds {tiles.shape[0]}; pass both as the processor returned them"
+                f"the grids {grids} ask for {sum(counts)} tiles (rows x cols for each picture), but pixel_values holds "
+                f"{len(tiles)}; pass both as the processor returned them"
             )
-        maps = self.encode_tiles(tiles)
+        parts = zip(tiles.split(counts), grids, strict=True)
+        # A picture of one tile is its own global view.
+        views = [overview(part, rows, cols) for part, (_, rows, cols) in parts if rows * cols > 1]
+        maps = self.encode_tiles(torch.cat([torch.stack(views), tiles]) if views else tiles)
+        views, maps = iter(maps[: len(views)]), maps[len(views) :]
         newline, separator = newline.to(maps), separator.to(maps)
         sequences = []
         for picture, (_, rows, cols) in zip(maps.split(counts), grids, strict=True):
-            overview = end_rows(picture[0], newline)
-            detail = end_rows(join_tiles(picture[1:], rows, cols), newline)
-            sequences.append(torch.cat([overview, separator.flatten(0, 1), detail]))
+            whole = end_rows(next(views) if rows * cols > 1 else picture[0], newline)
+            detail = end_rows(join_tiles(picture, rows, cols), newline)
+            sequences.append(torch.cat([whole, separator.flatten(0, 1), detail]))
         return sequences
 
     @can_return_tuple
@@ -158,16 +162,13 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """Embeddings of pictures, one tensor (L, D) each in `pooler_output`.
 
         Args:
-            pixel_values: (N, 3, tile, tile), for each picture its global view, then its tiles in row order; or the
-                tiles alone, from which the global views are made here.
+            pixel_values: (N, 3, tile, tile), the tiles of each picture in row order; its global view is made here.
             image_grid_thw: (pictures, 3), rows of (1, tile rows, tile columns).
 
         Raises:
             ValueError: grids and tiles differ in number.
         """
         grids = image_grid_thw.tolist()
-        if len(pixel_values) == sum(rows * cols for _, rows, cols in grids):
-            pixel_values = with_overviews(pixel_values, grids)
         separator, newline = (self.held(name) for name in ("plora_glb_GN", "plora_sub_GN"))
         sequences = self.arrange_pictures(pixel_values, grids, separator, newline)
         projected = self.vision_proj(torch.cat(sequences))

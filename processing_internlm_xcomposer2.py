@@ -4,7 +4,7 @@ In text, `<ImageHere>` or `[UNUSED_TOKEN_140]` marks a picture's place and `[UNU
 a run of the placeholder, as long as the picture has tokens. Prompts come from `chat_template.jinja`, which writes the
 turns of `prompting_internlm_xcomposer2`; tiles come from `ixc_utils`.
 
-Legend: B texts, T tokens, n pictures, N tiles of all of them (each picture's global view first).
+Legend: B texts, T tokens, n pictures, N tiles of all of them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, first_given
-from .ixc_utils import ONE_IMAGE_HD_NUM, default_hd_num, hd_grid, media_grid, without_overviews
+from .ixc_utils import ONE_IMAGE_HD_NUM, default_hd_num, hd_grid, media_grid
 from .prompting_internlm_xcomposer2 import IMAGE_MARK, TURN_CLOSE
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
@@ -137,18 +137,13 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
         Args:
             return_text_replacement_offsets: asked for by serving engines, which keep each picture apart and reuse it
-                beside others. Then tiles come without global views (the model makes them), and the `hd_num` of a
-                picture depends on nothing but the picture: 24 unless told.
+                beside others. Then the `hd_num` of a picture depends on nothing but the picture: 24 unless told.
         """
         # An assistant mask asks for both offsets.
         serving = return_text_replacement_offsets and not kwargs.get("return_offsets_mapping")
         if serving and first_given(hd_num_of(kwargs), self.image_processor.hd_num) is None:
             kwargs["hd_num"] = ONE_IMAGE_HD_NUM
-        inputs = super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
-        for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-            if serving and pixels in inputs:
-                inputs[pixels] = without_overviews(inputs[pixels], inputs[grids])
-        return inputs
+        return super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
 
     # Steps of the library's `__call__`, in its order.
 
@@ -261,7 +256,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """Tokens of pictures of the given (height, width) and of videos of (frames, height, width), all of one prompt.
 
-        `num_image_patches` counts a picture's rows of `pixel_values`: its global view and its tiles.
+        `num_image_patches` counts a picture's rows of `pixel_values`: its tiles.
         """
         data: dict[str, list[int]] = {}
         if image_sizes is not None:
@@ -269,7 +264,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             most = first_given(hd_num_of(kwargs), self.image_processor.hd_num, default)
             grids = [hd_grid(width, height, most, self.image_processor.tile) for height, width in image_sizes]
             data["num_image_tokens"] = [self.image_processor.num_tokens(*grid) for grid in grids]
-            data["num_image_patches"] = [1 + rows * cols for rows, cols in grids]
+            data["num_image_patches"] = [rows * cols for rows, cols in grids]
         if video_sizes is not None:
             tile = self.video_processor.tile
             films = [[Image.new("1", (width, height))] * frames for frames, height, width in video_sizes]

@@ -1,6 +1,6 @@
 """AutoVideoProcessor: a video -> one tall picture of labelled frames -> tiles, through `ixc_utils` as `chat` does it.
 
-Legend: n videos, N tiles of all of them (each video's global view first), tile = side of one ViT input in pixels.
+Legend: n videos, N tiles of all of them, tile = side of one ViT input in pixels.
 """
 
 import os

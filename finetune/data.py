@@ -1,6 +1,6 @@
 """Rows -> batches, through the prompting and image code that `chat` uses; and the check pass.
 
-Legend: B rows, T tokens, N tiles of all pictures (each picture's global view first), n pictures.
+Legend: B rows, T tokens, N tiles of all pictures, n pictures.
 """
 
 import warnings

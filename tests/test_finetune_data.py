@@ -219,7 +219,7 @@ def test_a_row_is_what_chat_sees(tiny_model, tiny_tokenizer, media):
     assert ids[: len(prompt)] == prompt
     assert set(labels[: len(prompt)]) == {-100} and labels[len(prompt) :] == ids[len(prompt) :]
     assert tiny_tokenizer.decode(ids[len(prompt) :]) == f"a house{CLOSE}\n</s>"
-    tiles = 0 if not media else int((1 + features["image_grid_thw"].prod(-1)).sum())
+    tiles = 0 if not media else int(features["image_grid_thw"].prod(-1).sum())
     assert len(features.get("pixel_values", [])) == tiles
     if media:
         from ixc_utils import stack_tiles

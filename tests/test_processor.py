@@ -325,7 +325,7 @@ def test_image_and_video_processor_alone(tiny_checkpoint, saved, processor):
         pictures = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True, hd_num=4)
         inputs = pictures([WIDE, TALL], return_tensors="pt")
         assert (inputs["image_grid_thw"].prod(-1) <= 4).all()
-        assert inputs["pixel_values"].shape == (int(inputs["image_grid_thw"].prod(-1).sum()) + 2, 3, 56, 56)
+        assert inputs["pixel_values"].shape == (int(inputs["image_grid_thw"].prod(-1).sum()), 3, 56, 56)
         assert pictures([[WIDE], [TALL]], hd_num=[1, 9])["image_grid_thw"].prod(-1).tolist() == [1, 8]
         clips = AutoVideoProcessor.from_pretrained(folder, trust_remote_code=True, num_frames=2)
         assert (
@@ -338,7 +338,7 @@ def test_sizes_of_the_7b_release(module):
     pictures = module("image_processing_internlm_xcomposer2").InternLMXComposer2ImageProcessor.from_pretrained(REPO)
     assert (pictures.tile, pictures.patch_size, pictures.tokens_per_side) == (560, 14, 20)
     assert pictures.num_tokens(4, 6) == (4 * 6 + 1) * 400 + 1 + (4 + 1) * 20
-    assert pictures.get_number_of_image_patches(2160, 3240) == 1 + 24
+    assert pictures.get_number_of_image_patches(2160, 3240) == 24
 
 
 def test_token_counts_for_serving_engines(processor):
