@@ -1,0 +1,216 @@
+"""How often the demo checkpoint is right, on scenes it was never trained on.
+
+    python demo/evaluate.py                              greedy, bf16 as saved, 200 scenes a task
+    python demo/evaluate.py --all --out demo/evaluation  every way of running, as .json and .md
+    python demo/evaluate.py --tasks colour tiles --hd-num 1 --beams 3 --dtype fp32
+
+An answer counts when it is the expected one, character by character. `html parses`, `html name` and `html colours`
+judge the pages of `html`, `resume` and `screen`.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import transformers  # noqa: E402
+from transformers import AutoModel, AutoTokenizer  # noqa: E402
+
+from demo import scenes  # noqa: E402
+from demo.world import COLOURS  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}
+LONGEST = 160  # tokens of an answer
+# Least accuracy in per cent, for the tasks that the repo's own bar names.
+ASKED = {
+    **dict.fromkeys(("talk", "identity", "count", "shape", "more"), 97),
+    **dict.fromkeys(("colour", "exists", "count.zh", "shape.zh", "more.zh", "colour.zh", "exists.zh", "read12"), 90),
+    **dict.fromkeys(("position", "which", "article", "html name"), 85),
+    **dict.fromkeys(("html parses", "html colours"), 95),
+    **dict.fromkeys(("caption", "follow", "screen"), 75),
+    "tiles": 80,
+    **dict.fromkeys(("video", "read35"), 60),
+}
+
+
+class Way(NamedTuple):
+    """One way of running the model; hd_num None is the default, mode None the task's own adapter."""
+
+    dtype: str = "bf16"
+    beams: int = 1
+    hd_num: int | None = None
+    mode: str | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.dtype, "greedy" if self.beams == 1 else f"{self.beams} beams"]
+        parts += [f"hd_num {self.hd_num}"] * (self.hd_num is not None) + [f"{self.mode} mode"] * (self.mode is not None)
+        return ", ".join(parts)
+
+
+WAYS = (Way(), Way(beams=3), Way("fp32"), Way("int8"), Way(hd_num=1), Way(mode="base"))
+
+
+class Tags(HTMLParser):
+    """Whether every tag is closed in its turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.whole, self.seen = True, 0
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        self.seen += 1
+
+    def handle_endtag(self, tag):
+        self.whole = self.whole and bool(self.open) and self.open.pop() == tag
+
+
+def parses(html: str) -> bool:
+    tags = Tags()
+    tags.feed(html)
+    tags.close()
+    return tags.whole and not tags.open and tags.seen > 2
+
+
+def colours_of(html: str) -> list[str]:
+    """Colour words in the order in which a page's styles name them."""
+    styles = [piece.split(";")[0].split('"')[0] for piece in html.replace("background:", "color:").split("color:")[1:]]
+    return [word for word in styles if word in COLOURS]
+
+
+def page_checks(task: str, answer: str, said: str) -> dict[str, bool]:
+    """What is right about a page."""
+    found = {"html parses": parses(said), "html colours": colours_of(said) == colours_of(answer)}
+    if task in ("html", "resume"):
+        title = answer.split("</h1>")[0].rsplit(">", 1)[1]
+        found["html name"] = f">{title}</h1>" in said
+    return found
+
+
+@torch.no_grad()
+def round_to_int8(model: torch.nn.Module) -> None:
+    """Give the decoder's linears the weights that 8 bits a number, with a scale for each row, can hold."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision_tower" not in name:
+            scale = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+            module.weight.copy_((module.weight / scale).round() * scale)
+
+
+def load(folder: Path, dtype: str):
+    """Model and tokenizer of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+    """
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} has no model.safetensors: run python demo/train.py --out {folder} first")
+    model = AutoModel.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=True, task_adapters="all").eval()
+    if dtype == "int8":
+        round_to_int8(model)
+    model.reuse.prefix_bytes = 0
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def answer_all(model, tokenizer, asked: Sequence[scenes.Scene], way: Way, rows: int = 25) -> list[str]:
+    """The model's answers, several conversations at once."""
+    said: list[str] = []
+    for start in range(0, len(asked), rows):
+        part = asked[start : start + rows]
+        answers, _ = model.batch_chat(
+            tokenizer,
+            [s.query for s in part],
+            [s.images for s in part],
+            [s.history for s in part],
+            hd_num=way.hd_num,
+            infer_mode=way.mode or part[0].mode,
+            do_sample=False,
+            num_beams=way.beams,
+            repetition_penalty=1.0,
+            max_new_tokens=LONGEST,
+        )
+        said += answers
+    return said
+
+
+def evaluate(model, tokenizer, way: Way, tasks: Iterable[str], count: int, seed: int) -> dict[str, list[int]]:
+    """(right, asked) of each task, and of what is checked on pages."""
+    found: dict[str, list[int]] = {}
+
+    def note(name: str, right: bool) -> None:
+        pair = found.setdefault(name, [0, 0])
+        pair[0] += right
+        pair[1] += 1
+
+    for task in tasks:
+        asked = [scenes.scene(task, scenes.EVAL_SEEDS[seed + i]) for i in range(count)]
+        for scene, said in zip(asked, answer_all(model, tokenizer, asked, way), strict=True):
+            note(task, said == scene.answer)
+            if task in ("html", "resume", "screen"):
+                for name, right in page_checks(task, scene.answer, said).items():
+                    note(name, right)
+        print(f"{way.name} | {task}: {found[task][0]} of {found[task][1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def table(found: dict[str, dict[str, list[int]]]) -> str:
+    """Markdown: a row for each task, a column for each way, per cent; the last column says what is asked."""
+    names = list(dict.fromkeys(task for of_way in found.values() for task in of_way))
+    lines = ["| task | " + " | ".join(found) + " | asked |", "|---" * (len(found) + 2) + "|"]
+    for name in names:
+        cells = [f"{100 * w[name][0] / w[name][1]:.1f}" if name in w else "" for w in found.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ASKED.get(name, '')} |")
+    return "\n".join(lines)
+
+
+def tasks_of(way: Way, tasks: Sequence[str]) -> list[str]:
+    """Tasks for which a way says something of its own."""
+    if way.hd_num is not None:
+        return [task for task in tasks if task.startswith("tiles")]
+    if way.mode is not None:
+        return [task for task in tasks if scenes.TASKS[task][0] in ("web", "screen", "write")]
+    return list(tasks)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=REPO / "demo")
+    parser.add_argument("--tasks", nargs="+", default=list(scenes.TASKS), choices=list(scenes.TASKS), metavar="TASK")
+    parser.add_argument("--count", type=int, default=200, help="scenes a task")
+    parser.add_argument("--seed", type=int, default=0, help="where in the evaluation seeds to begin")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--hd-num", type=int)
+    parser.add_argument("--mode", help="an infer_mode for every task (default: the task's own)")
+    parser.add_argument("--all", action="store_true", help="every way of running")
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    options = parser.parse_args(arguments)
+    ways = WAYS if options.all else (Way(options.dtype, options.beams, options.hd_num, options.mode),)
+    started, found = time.monotonic(), {}
+    for way in ways:
+        model, tokenizer = load(options.model, way.dtype)
+        tasks = tasks_of(way, options.tasks) if options.all else options.tasks
+        found[way.name] = evaluate(model, tokenizer, way, tasks, options.count, options.seed)
+    print(table(found))
+    if options.out:
+        facts = {"count": options.count, "seed": options.seed, "minutes": round((time.monotonic() - started) / 60, 1),
+                 "python": platform.python_version(), "torch": torch.__version__,
+                 "transformers": transformers.__version__, "right_and_asked": found}  # fmt: skip
+        options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        options.out.with_suffix(".md").write_text(table(found) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The numbers of the demo's training: sizes, phases, mix. All choices are here."""
+
+from typing import Any
+
+from demo.world import TILE
+
+PIECES = 1024
+CONFIG: dict[str, Any] = {
+    "attn_implementation": "sdpa",
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "max_length": 4096,
+    "rope_scaling": {"type": "dynamic", "factor": 1.0},
+    "rope_theta": 10000,
+    "use_cache": True,
+    "plora_rank": 16,
+    "plora_alpha": 16,
+    "plora_dropout": 0.0,
+    "task_adapter_ranks": {"sft": 8, "dpo": 8, "web": 16},
+    "vision_config": {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "image_size": TILE,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+}
+
+# Phase -> its share of the budget in minutes.
+SHARES = {"look": 0.06, "base": 0.82, "web": 0.07, "write": 0.05}
+RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
+SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
+DENSE = 0.3  # weight of the dense loss once the decoder trains
+COLLAGES = 8  # tiles a step that carry dense labels alone
+LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
+PARTS = 3  # kinds in one step
+QUESTIONS = 4  # of a picture, at most
+
+# Kind -> rows in its part of a step.
+ROWS = {
+    "shapes": 5, "crowd": 5, "read1": 8, "read2": 8, "read3": 8, "read4": 8, "read5": 8, "code2x1": 6,
+    "code3x2": 4, "code2x3": 4, "several2": 4, "several3": 3, "video3": 4, "video4": 3, "video5": 3, "video6": 3,
+    "talk": 3, "web": 6, "screen": 8, "write": 6,
+}  # fmt: skip
+# What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
+PICKED = {"caption": 0.8, "caption.zh": 0.8, "follow": 1.5, "exists": 1.5, "exists.zh": 1.5, "video": 2, "video.zh": 1}
+
+
+def mix(progress: float) -> dict[str, float]:
+    """Weights of the kinds in the base phase, by how much of it is over (0 to 1)."""
+    reads = ((1.5, 0, 0, 0, 0), (0.8, 1.2, 0, 0, 0), (0.4, 0.8, 0.7, 0.3, 0.1), (0.3, 0.6, 0.5, 0.5, 0.5))
+    stage = sum(progress >= border for border in (0.08, 0.2, 0.4))
+    codes = ((1.0, 0, 0), (0.7, 0.3, 0.3), (0.2, 0.6, 0.6), (0.1, 0.7, 0.7))[stage]
+    return {
+        "shapes": 5.0,
+        "crowd": 1.5,
+        **{f"read{n}": weight for n, weight in enumerate(reads[stage], start=1)},
+        **dict(zip(("code2x1", "code3x2", "code2x3"), codes, strict=True)),
+        "several2": 0.9,
+        "several3": 0.6 if stage else 0.2,
+        **{f"video{n}": 0.35 for n in range(3, 7)},
+        "talk": 0.9,
+    }
+
+
+ADAPTER_MIX = {"web": {"web": 1.0, "screen": 0.6}, "write": {"write": 1.0}}

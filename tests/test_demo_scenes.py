@@ -1,0 +1,161 @@
+"""The demo's world: seeds, exact answers, dense labels, and rows that read as chat lays them out."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from demo import pages, scenes, world
+from demo.layout import IGNORE, Layout, attention_mask
+from demo.views import Question
+from ixc_utils import to_pixels
+
+EVAL = scenes.EVAL_SEEDS[0]
+
+
+def test_seed_ranges_do_not_meet_and_others_are_refused():
+    assert not set(map(type, (scenes.TRAIN_SEEDS, scenes.EVAL_SEEDS))) - {range}
+    assert scenes.TRAIN_SEEDS.stop <= scenes.EVAL_SEEDS.start
+    for wrong in (-1, scenes.EVAL_SEEDS.stop):
+        with pytest.raises(ValueError, match="neither"):
+            scenes.view("shapes", wrong)
+        with pytest.raises(ValueError, match="neither"):
+            scenes.scene("colour", wrong)
+
+
+@pytest.mark.parametrize("call, name", [(scenes.view, "kind"), (scenes.scene, "task")])
+def test_an_unknown_name_lists_the_known(call, name):
+    with pytest.raises(ValueError, match=f"unknown {name} 'no'; use one of"):
+        call("no", 1)
+
+
+@pytest.mark.parametrize("task", sorted(scenes.TASKS))
+def test_scenes_repeat_by_seed_and_name_their_pictures(task):
+    for seed in range(EVAL, EVAL + 5):
+        first, again = scenes.scene(task, seed), scenes.scene(task, seed)
+        assert first[2:] == again[2:] and first.answer
+        for one, other in zip(first.images, again.images, strict=True):
+            pairs = zip(one, other, strict=True) if isinstance(one, list) else [(one, other)]
+            assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+        text = "".join(query for query, _ in first.history) + first.query
+        assert text.count(scenes.MARK) == (len(first.images) if len(first.images) > 1 else 0)
+
+
+@pytest.mark.parametrize("kind", sorted(scenes.KINDS))
+def test_every_question_of_a_view_belongs_to_a_task(kind):
+    for seed in range(30):
+        for question in scenes.view(kind, seed).questions:
+            home = scenes.TASKS[question.task]
+            assert kind in home or kind == "code2x1"
+
+
+def test_counts_and_yes_no_are_balanced():
+    answers = [scenes.scene("exists", EVAL + i).answer for i in range(200)]
+    assert 70 < answers.count("yes") < 130
+    assert {scenes.scene("count", EVAL + i).answer for i in range(200)} == set("123456789")
+
+
+def test_a_page_holds_what_was_asked_for():
+    for seed in range(20):
+        found = scenes.scene("html", EVAL + seed)
+        name = re.search(r"The name is (\w+)\.", found.query)[1]
+        colour, button = re.search(r"The title is (\w+), the button is (\w+)\.", found.query).groups()
+        assert f'<h1 style="color:{colour}">{name}</h1>' in found.answer
+        assert f"background:{button};" in found.answer and found.mode == "web"
+
+
+def test_characters_of_reading_and_codes():
+    for seed in range(50):
+        assert set(scenes.scene("read35", EVAL + seed).answer) <= set(world.CHARACTERS)
+        code = scenes.scene("tiles", EVAL + seed)
+        assert code.answer.isdigit() and len(code.answer) <= 3 and max(code.images[0].size) == 3 * world.TILE
+
+
+def test_dense_labels_lie_where_things_are_drawn():
+    drawing = world.draw_things(random.Random(1), [world.Thing("circle", "red", 4)])
+    classes, colours = world.dense_labels(drawing.items, drawing.image.size, 1, 1)
+    at = [i for i, c in enumerate(classes) if c]
+    assert at == [14, 15, 20, 21]  # the four patches of the cell in the middle
+    assert {classes[i] for i in at} == {world.CLASS_ID["circle"]} and {colours[i] for i in at} == {1}
+
+
+def test_small_characters_are_asked_of_tiles_alone():
+    view = scenes.view("code3x2", 5)
+    size = view.drawings[0].image.size
+    whole, _ = world.dense_labels(view.drawings[0].items, size, 1, 1)
+    tiles, _ = world.dense_labels(view.drawings[0].items, size, 2, 3)
+    assert not any(label > 0 for label in whole)
+    digits = [world.CHARACTERS.index(c) + world.CLASS_ID["0"] for c in view.questions[0].turns[0][1]]
+    assert [label for label in tiles if label > 0] == digits
+
+
+class Letters:
+    """A tokenizer of characters, with marks as one token."""
+
+    pad_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        tokens = re.findall(r"\[UNUSED_TOKEN_\d+\]|.", text, re.DOTALL)
+        ids = [{"[UNUSED_TOKEN_146]": 2, "[UNUSED_TOKEN_145]": 3}.get(t, ord(t[0]) + 10) for t in tokens]
+        return type("Ids", (), {"input_ids": [1] * add_special_tokens + ids})
+
+
+class Sizes:
+    tile, tokens_per_side, image_token_id = world.TILE, world.SIDE, 5
+
+
+def layout():
+    return Layout(Sizes, Letters())
+
+
+def test_a_branch_reads_as_chat_lays_it_out():
+    from prompting_internlm_xcomposer2 import chat_prompt, place_images, tokenize_prompt, tokenize_with
+
+    for task in ("colour", "follow", "which", "video", "talk"):
+        view = scenes.view(scenes.TASKS[task][0], 7)
+        made = layout().batch([view], [view.questions])
+        tokens = 0 if made.grid is None else int((made.ids == 5).sum()) // len(view.drawings)
+        for k, question in enumerate(view.questions, start=1):
+            asked = [(view.lead + question.turns[0][0], question.turns[0][1]), *question.turns[1:]]
+            text = chat_prompt(asked[-1][0], asked[:-1])
+            pieces = place_images(text, len(view.drawings))
+            n = len(view.drawings)
+            prompt = tokenize_prompt(pieces, [tokens] * n, [5] * n, tokenize_with(Letters())).input_ids
+            seen = (made.branch[0] == 0) | (made.branch[0] == k)
+            ids, positions = made.ids[0][seen].tolist(), made.positions[0][seen].tolist()
+            assert ids[: len(prompt)] == prompt and positions == list(range(len(ids)))
+            learned = [t for t in made.targets[0][seen].tolist() if t != IGNORE]
+            said = [[ord(c) + 10 for c in answer] + [3] for _, answer in question.turns]
+            assert learned == sum(said, [])
+
+
+def test_branches_see_the_prefix_and_themselves_alone():
+    mask = attention_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0]
+    assert mask[3].tolist() == [True, True, True, True, False, False]
+    assert mask[4].tolist() == [True, True, False, False, True, False]
+    assert mask[5].any()
+
+
+def test_a_picture_of_one_tile_is_its_own_overview():
+    from ixc_utils import overview, stack_tiles
+
+    view = scenes.view("shapes", 3)
+    pixels = to_pixels(view.drawings[0].image, 24, world.TILE)
+    tiles, _ = stack_tiles([pixels], world.TILE)
+    assert torch.equal(overview(tiles, 1, 1), tiles[0])
+
+
+@pytest.mark.parametrize("kind", ["video3", "video6", "several3", "code2x3", "shapes"])
+def test_tiles_and_labels_match(kind):
+    made = layout().batch(*(lambda vs: (vs, [v.questions[:2] for v in vs]))([scenes.view(kind, s) for s in (1, 2)]))
+    assert made.classes.shape == made.colours.shape == (len(made.tiles), 36)
+    if kind.startswith("video"):
+        assert made.grid == (1, int(kind[-1])) and (made.classes > 0).any(1).all()
+
+
+def test_names_are_made_of_letters_and_articles_of_paragraphs():
+    name = pages.name_of(random.Random(3))
+    assert name.isalpha() and name.istitle()
+    assert len(pages.article(name, "red", "cat").split("\n")) == 4
+    assert isinstance(scenes.view("talk", 1).questions[0], Question)
