@@ -72,7 +72,7 @@ def talk(rng: random.Random) -> View:
     number = rng.randint(0, 20)
     asked += both("next", (f"What comes after {number}?", f"{number + 1}"), (f"{number}的后面是几？", f"{number + 1}"))
     for _ in range(3):
-        name = " ".join(name_of(rng) for _ in range(rng.randint(1, 2)))
+        name = " ".join(name_of(rng) for _ in range(rng.choice((1, 1, 2, 4))))
         asked += both("repeat", (f"Say this: {name}", name), (f"请说：{name}", name))
         asked.append(Question("repeat", [(f"I am {name}.", f"Hello, {name}!")]))
         asked.append(Question("repeat", [(f"My name is {name}.", "Nice to meet you!"), ("Who am I?", name)]))

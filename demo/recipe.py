@@ -34,10 +34,11 @@ CONFIG: dict[str, Any] = {
 }
 
 # Phase -> its share of the budget in minutes.
-SHARES = {"look": 0.06, "base": 0.82, "web": 0.07, "write": 0.05}
+SHARES = {"look": 0.12, "base": 0.76, "web": 0.07, "write": 0.05}
 RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
+NAMED = 0.5  # weight of the names of image tokens within the dense loss
 COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
 PARTS = 3  # kinds in one step
@@ -50,7 +51,10 @@ ROWS = {
     "talk": 3, "web": 6, "screen": 8, "write": 6,
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
-PICKED = {"caption": 0.8, "caption.zh": 0.8, "follow": 1.5, "exists": 1.5, "exists.zh": 1.5, "video": 2, "video.zh": 1}
+PICKED = {"follow": 1.5, "exists": 1.5, "exists.zh": 1.5, "video": 2, "video.zh": 1}
+# Every picture of the base phase's first part is described in full: "a red star at the top left" is one look-up after
+# another, and the questions that take two steps ("what colour is the star?") grow on it.
+DESCRIBED, DESCRIBED_UNTIL = ("caption", "caption.zh"), 0.6
 
 
 def mix(progress: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
 
 from demo import recipe, scenes  # noqa: E402
 from demo.layout import Batch, Layout  # noqa: E402
-from demo.learn import DenseHeads, learn, patch_features  # noqa: E402
+from demo.learn import DenseHeads, Names, learn, see  # noqa: E402
 from demo.make import export, initialise, write_untrained  # noqa: E402
 from demo.world import dense_labels, draw_collage  # noqa: E402
 from finetune.modes import prepare_adapter, prepare_full  # noqa: E402
@@ -42,12 +43,15 @@ class Source:
     def __init__(self, layout: Layout, seed: int):
         self.layout, self.seed = layout, seed
 
-    def batch(self, kind: str, rng: random.Random) -> Batch:
+    def batch(self, kind: str, rng: random.Random, described: bool = False) -> Batch:
+        """Views of one kind with some of their questions each. described: captions come on top."""
         views, asked = [], []
         for _ in range(recipe.ROWS[kind]):
             view = scenes.view(kind, scenes.TRAIN_SEEDS[rng.randrange(len(scenes.TRAIN_SEEDS))])
             keyed = [(rng.random() ** (1 / recipe.PICKED.get(q.task, 1.0)), q) for q in view.questions]
-            asked.append([q for _, q in sorted(keyed, key=lambda pair: -pair[0])[: recipe.QUESTIONS]])
+            chosen = [q for _, q in sorted(keyed, key=lambda pair: -pair[0])]
+            always = [q for q in chosen if described and q.task in recipe.DESCRIBED]
+            asked.append(always + [q for q in chosen if q not in always][: recipe.QUESTIONS])
             views.append(view)
         return self.layout.batch(views, asked, marked=rng.random() < 0.15)
 
@@ -55,7 +59,8 @@ class Source:
         rng = random.Random(f"{self.seed} {phase} {step}")
         weights = recipe.mix(progress) if phase == "base" else recipe.ADAPTER_MIX[phase]
         kinds = rng.choices(list(weights), list(weights.values()), k=recipe.PARTS if phase == "base" else 2)
-        return [self.batch(kind, rng) for kind in kinds]
+        described = phase == "base" and progress < recipe.DESCRIBED_UNTIL
+        return [self.batch(kind, rng, described) for kind in kinds]
 
     def collages(self, phase: str, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tiles (count, 3, tile, tile) and their dense labels (count, P * P)."""
@@ -76,13 +81,16 @@ class Run:
             write_untrained(untrained)
         config = AutoConfig.from_pretrained(untrained, trust_remote_code=True)
         self.model = AutoModel.from_config(config, trust_remote_code=True).float().eval()  # no dropout anywhere
+        self.model.set_attn_implementation("eager")  # rows are short: SDPA's backward takes half as long again
         initialise(self.model, seed)
-        self.heads = DenseHeads(config.vision_config.hidden_size)
+        self.heads = DenseHeads(config.vision_config.hidden_size, config.vocab_size)
         tokenizer = AutoTokenizer.from_pretrained(untrained, trust_remote_code=True)
+        self.names = Names(tokenizer, config.vocab_size)
         self.source = Source(Layout(config, tokenizer), seed)
         self.phase, self.step, self.seconds = PHASES[0], 0, dict.fromkeys(PHASES, 0.0)
         self.steps, self.answers = dict.fromkeys(PHASES, 0), 0
         self.optimiser: torch.optim.Optimizer | None = None
+        self.stopped = False
         self.saved = folder / "state.pt"
         if self.saved.exists():
             self.load()
@@ -133,7 +141,7 @@ class Run:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             parts = [] if self.phase == "look" else self.source.batches(self.phase, step, progress)
             for batch in parts:
-                result = learn(self.model, self.heads, batch)
+                result = learn(self.model, self.heads, self.names, batch)
                 dense = recipe.DENSE if self.phase == "base" else 0.0
                 ((result.answers + dense * result.dense) / len(parts)).backward()
                 losses[batch.kind] = result.answers.item()
@@ -141,8 +149,8 @@ class Run:
                 self.answers += sum(len(tasks) for tasks in batch.tasks)
             if self.phase in ("look", "base"):
                 count = 32 if self.phase == "look" else recipe.COLLAGES
-                tiles, classes, colours = self.source.collages(self.phase, step, count)
-                loss, hits = self.heads.loss(patch_features(self.model, tiles), classes, colours)
+                collages = self.source.collages(self.phase, step, count)
+                _, loss, hits = see(self.model, self.heads, self.names, *collages, placed=True)
                 (loss * (1.0 if self.phase == "look" else recipe.DENSE)).backward()
                 losses["collage"] = loss.item()
                 add(right, {f"collage {name}": pair for name, pair in hits.items()})
@@ -165,7 +173,7 @@ def run_phase(run: Run, minutes: float) -> None:
     log, saved = (run.folder / "log.jsonl").open("a", encoding="utf-8"), time.monotonic()
     losses: dict[str, list[float]] = {}
     right: dict[str, tuple[int, int]] = {}
-    while (spent := run.seconds[run.phase] / 60) < minutes:
+    while (spent := run.seconds[run.phase] / 60) < minutes and not run.stopped:
         started = time.monotonic()
         new_losses, new_right = run.train_step(spent / minutes)
         run.seconds[run.phase] += time.monotonic() - started
@@ -194,6 +202,8 @@ def train(minutes: float, out: Path, state: Path, seed: int = 0, bf16: bool = Tr
     """Run or go on with every phase, then write the checkpoint to `out`."""
     state.mkdir(parents=True, exist_ok=True)
     run = Run(state, seed, bf16)
+    for number in (signal.SIGINT, signal.SIGTERM):  # ends after this step, with its state saved
+        signal.signal(number, lambda *_: setattr(run, "stopped", True))
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
           f"{sum(p.numel() for p in run.model.parameters()):,} parameters", flush=True)  # fmt: skip
     for phase in PHASES:
@@ -203,6 +213,8 @@ def train(minutes: float, out: Path, state: Path, seed: int = 0, bf16: bool = Tr
         if run.optimiser is None or run.phase != phase:
             run.begin(phase)
         run_phase(run, budget)
+        if run.stopped:
+            sys.exit(f"stopped; the same command goes on from {run.saved}")
     return export(run.model, state / "untrained", out)
 
 

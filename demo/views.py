@@ -146,9 +146,7 @@ def follow_up(rng: random.Random, things: list[Thing]) -> list[Question]:
 def shapes(rng: random.Random) -> View:
     """One to four things in nine places."""
     things = some_things(rng, rng.choice((1, 2, 2, 3, 3, 4)))
-    asked = about_one(rng, things) + exists(rng, things) + follow_up(rng, things)
-    if len(things) <= 3:
-        asked += caption(things)
+    asked = caption(things) + about_one(rng, things) + exists(rng, things) + follow_up(rng, things)
     return View("shapes", asked, (draw_things(rng, things),))
 
 

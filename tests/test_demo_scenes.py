@@ -159,3 +159,35 @@ def test_names_are_made_of_letters_and_articles_of_paragraphs():
     assert name.isalpha() and name.istitle()
     assert len(pages.article(name, "red", "cat").split("\n")) == 4
     assert isinstance(scenes.view("talk", 1).questions[0], Question)
+
+
+def test_pages_are_judged_by_tags_name_and_colours():
+    from demo.evaluate import page_checks, parses
+
+    page = scenes.scene("html", EVAL).answer
+    assert page_checks("html", page, page) == {"html parses": True, "html colours": True, "html name": True}
+    broken = page.replace("</h1>", "")
+    assert page_checks("html", page, broken) == {"html parses": False, "html colours": True, "html name": False}
+    other = page_checks("html", page, page.replace("background:", "background:dark"))
+    assert not other["html colours"] and other["html parses"]
+    assert not parses("no page at all")
+    screen = scenes.scene("screen", EVAL).answer
+    assert page_checks("screen", screen, screen) == {"html parses": True, "html colours": True}
+
+
+def test_a_folder_without_weights_says_how_to_make_them(tmp_path):
+    from demo.evaluate import load
+
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: run python demo/train.py"):
+        load(tmp_path, "bf16")
+
+
+def test_curves_of_a_log(tmp_path):
+    from demo.curves import curves_of, draw_curves
+
+    log = [
+        {"minutes": m, "loss": {"shapes": 1 / m}, "right": {"colour": [m, 10], "follow": [0, 0]}} for m in (1.0, 2.0)
+    ]
+    assert curves_of(log)["accuracy"]["colour"] == [(1.0, 10.0), (2.0, 15.0)]
+    draw_curves(log, tmp_path / "curves")
+    assert (tmp_path / "curves.png").stat().st_size > 1000 and (tmp_path / "curves.json").exists()
