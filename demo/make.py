@@ -6,13 +6,17 @@ import math
 import random
 import sys
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from torch import nn
 
 from demo import scenes
 from demo.pages import PIECES as PAGE_PIECES
+from demo.pages import PROMPTS
 from demo.recipe import CONFIG, PIECES
+from demo.views import MARK
+from demo.world import COLOUR_ZH, COLOURS, PLACE_ZH, PLACES, SHAPE_ZH, SHAPES
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tools"))
@@ -20,8 +24,18 @@ sys.path.insert(0, str(REPO / "tools"))
 from make_tiny_checkpoint import MARKERS, write_checkpoint  # noqa: E402
 
 NAMES = ("InternLM-XComposer", "浦语·灵笔")
-# Their answers are characters in no order: merges of these would hide single characters from the model.
-UNREAD = ("read", "tiles")
+SPACE = "\u2581"  # as SentencePiece writes it
+ROLES = ("system", "user", "assistant")
+# Not for the vocabulary: answers that are characters in no order (merges would hide single characters), and the long
+# prompts of pages.
+UNREAD = ("read12", "read35", "tiles", "screen", "script", "resume")
+
+
+def words() -> list[str]:
+    """Words that are one token wherever they stand, so that what a picture shows and what is asked are the same."""
+    english = [*COLOURS, *SHAPES, *dict.fromkeys(word for place in PLACES for word in place.split())]
+    chinese = [*(f"{colour}色" for colour in COLOUR_ZH.values()), *SHAPE_ZH.values(), *PLACE_ZH]
+    return [*english, *(f"{SPACE}{word}" for word in english), *chinese]
 
 
 def sentences(views: int = 150, seed: int = 0) -> list[str]:
@@ -33,15 +47,17 @@ def sentences(views: int = 150, seed: int = 0) -> list[str]:
             found = scenes.view(kind, scenes.TRAIN_SEEDS[rng.randrange(len(scenes.TRAIN_SEEDS))])
             texts.append(found.lead)
             for question in found.questions:
-                parts = [part for turn in question.turns for part in turn]
-                texts += parts[:-1] if question.task.startswith(UNREAD) else parts
-    return [text for text in texts if text]
+                if question.task.removesuffix(".zh") not in UNREAD:
+                    texts += [part for turn in question.turns for part in turn]
+    for piece in (*PAGE_PIECES, *PROMPTS, MARK):
+        texts = [text.replace(piece, "\n") for text in texts]
+    return [line for text in texts for line in text.splitlines() if line]
 
 
 def train_tokenizer(pieces: int = PIECES) -> bytes:
     """A SentencePiece model of the world's texts: byte fallback, and the released special tokens by name.
 
-    Newline and digits stay single, and the pieces of a page are one token each.
+    Newline, digits and capitals stay single; words of the world and the pieces of a page are one token each.
     """
     import sentencepiece
 
@@ -53,15 +69,16 @@ def train_tokenizer(pieces: int = PIECES) -> bytes:
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, max_sentence_length=10000, num_threads=1,
         split_digits=True, hard_vocab_limit=False, minloglevel=2, required_chars=scenes_characters(),
         user_defined_symbols=[
-            *wide, *(f"[UNUSED_TOKEN_{number}]" for number in MARKERS.values()), "\n", *NAMES, *PAGE_PIECES,
+            *wide, *(f"[UNUSED_TOKEN_{number}]" for number in MARKERS.values()), "\n", *ascii_uppercase, *ROLES, *NAMES, *words(),
+            *(piece.replace(" ", SPACE) for piece in (*PAGE_PIECES, *PROMPTS)),
         ],
     )  # fmt: skip
     return model.getvalue()
 
 
 def scenes_characters() -> str:
-    """Characters that must have a piece of their own: printable ASCII."""
-    return "".join(map(chr, range(33, 127)))
+    """Characters that must have a piece of their own: printable ASCII, less the capitals, which are symbols."""
+    return "".join(c for c in map(chr, range(33, 127)) if c not in ascii_uppercase)
 
 
 def write_untrained(folder: Path) -> Path:

@@ -23,6 +23,7 @@ PIECES = (
     PAGE_OPEN, TITLE_OPEN, TITLE_MIDDLE, TITLE_CLOSE, TEXT_OPEN, TEXT_CLOSE, BUTTON_OPEN, BUTTON_CLOSE,
     HEADER_OPEN, HEADER_CLOSE, *CARDS, FOOTER_OPEN, FOOTER_CLOSE, PAGE_CLOSE, SCRIPT,
 )  # fmt: skip
+PROMPTS = (RESUME_QUERY, SCREENSHOT_QUERY, SCRIPT_QUERY)
 
 CONSONANTS, VOWELS = "bdfgklmnprstv", "aeiou"
 JOBS = ("painter", "baker", "teacher", "doctor", "farmer", "pilot", "singer", "sailor")
