@@ -11,6 +11,7 @@ judge the pages of `html`, `resume` and `screen`.
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -86,16 +87,15 @@ def parses(html: str) -> bool:
 
 def colours_of(html: str) -> list[str]:
     """Colour words in the order in which a page's styles name them."""
-    styles = [piece.split(";")[0].split('"')[0] for piece in html.replace("background:", "color:").split("color:")[1:]]
-    return [word for word in styles if word in COLOURS]
+    return [word for word in re.findall(r"(?:color|background):([^;}\"]*)", html) if word in COLOURS]
 
 
 def page_checks(task: str, answer: str, said: str) -> dict[str, bool]:
     """What is right about a page."""
     found = {"html parses": parses(said), "html colours": colours_of(said) == colours_of(answer)}
     if task in ("html", "resume"):
-        title = answer.split("</h1>")[0].rsplit(">", 1)[1]
-        found["html name"] = f">{title}</h1>" in said
+        title = answer.split("</h1>")[0].rsplit("<h1>", 1)[1]
+        found["html name"] = f"<h1>{title}</h1>" in said
     return found
 
 

@@ -84,6 +84,8 @@ class Names:
         self.classes = table([(), *shapes, *((character,) for character in CHARACTERS)])  # (classes, vocabulary)
         self.colours = table([(), *((*both(c), COLOUR_ZH[c], f"{COLOUR_ZH[c]}色") for c in COLOURS)])
         self.places = table([(*both(place), zh) for place, zh in zip(PLACES, PLACE_ZH, strict=True)])
+        self.nothing = torch.zeros(vocab_size)  # of a blank spot: not its place either, or every place is always named
+        self.nothing[tokenizer.eos_token_id] = 1
 
     def loss(
         self, tokens: Tensor, embedding: Tensor, bias: Tensor, classes: Tensor, colours: Tensor, placed: bool
@@ -95,14 +97,20 @@ class Names:
         side = int(classes.shape[1] ** 0.5) // 2
         wanted = tokens.new_zeros(*tokens.shape[:2], len(embedding))
         for table, labels in ((self.classes, classes), (self.colours, colours)):
-            grid = labels.clamp(min=0).view(-1, side, 2, side, 2).transpose(2, 3).reshape(-1, side * side, 4)
+            grid = cells(labels.clamp(min=0), side)
             wanted = wanted + table[grid].sum(2) / (grid > 0).sum(-1, keepdim=True).clamp(min=1)
-        if placed:
-            wanted = wanted + self.places
+        filled = (cells(classes, side) != 0).any(-1, keepdim=True)
+        legible = (cells(classes, side) >= 0).all(-1, keepdim=True)
+        wanted = torch.where(filled, wanted + self.places * placed, self.nothing) * legible
         mass = wanted.sum(-1)
         logits = (tokens @ embedding.detach().t()).float() + bias
         losses = -(logits.log_softmax(-1) * wanted).sum(-1) / mass.clamp(min=1e-6)
         return (losses * (mass > 0)).sum() / (mass > 0).sum().clamp(min=1)
+
+
+def cells(labels: Tensor, side: int) -> Tensor:
+    """Labels of patches (N, P * P) -> of the four patches of each merged token (N, S * S, 4)."""
+    return labels.view(-1, side, 2, side, 2).transpose(2, 3).reshape(-1, side * side, 4)
 
 
 class Result(NamedTuple):

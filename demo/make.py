@@ -24,18 +24,20 @@ sys.path.insert(0, str(REPO / "tools"))
 from make_tiny_checkpoint import MARKERS, write_checkpoint  # noqa: E402
 
 NAMES = ("InternLM-XComposer", "浦语·灵笔")
-SPACE = "\u2581"  # as SentencePiece writes it
 ROLES = ("system", "user", "assistant")
 # Not for the vocabulary: answers that are characters in no order (merges would hide single characters), and the long
 # prompts of pages.
 UNREAD = ("read12", "read35", "tiles", "screen", "script", "resume")
 
 
-def words() -> list[str]:
+def english() -> list[str]:
+    """Words that are one token at the beginning of a text, and one after a space."""
+    return [*COLOURS, *SHAPES, *dict.fromkeys(word for place in PLACES for word in place.split())]
+
+
+def chinese() -> list[str]:
     """Words that are one token wherever they stand, so that what a picture shows and what is asked are the same."""
-    english = [*COLOURS, *SHAPES, *dict.fromkeys(word for place in PLACES for word in place.split())]
-    chinese = [*(f"{colour}色" for colour in COLOUR_ZH.values()), *SHAPE_ZH.values(), *PLACE_ZH]
-    return [*english, *(f"{SPACE}{word}" for word in english), *chinese]
+    return [*(f"{colour}色" for colour in COLOUR_ZH.values()), *SHAPE_ZH.values(), *PLACE_ZH]
 
 
 def sentences(views: int = 150, seed: int = 0) -> list[str]:
@@ -49,8 +51,10 @@ def sentences(views: int = 150, seed: int = 0) -> list[str]:
             for question in found.questions:
                 if question.task.removesuffix(".zh") not in UNREAD:
                     texts += [part for turn in question.turns for part in turn]
-    for piece in (*PAGE_PIECES, *PROMPTS, MARK):
+    for piece in (*PAGE_PIECES, MARK):
         texts = [text.replace(piece, "\n") for text in texts]
+    texts += [f"{word} {word}" for word in english()] * (10 * views)  # so often that they are merged first
+    texts += [word for prompt in PROMPTS for word in prompt.split()] * views
     return [line for text in texts for line in text.splitlines() if line]
 
 
@@ -69,8 +73,8 @@ def train_tokenizer(pieces: int = PIECES) -> bytes:
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, max_sentence_length=10000, num_threads=1,
         split_digits=True, hard_vocab_limit=False, minloglevel=2, required_chars=scenes_characters(),
         user_defined_symbols=[
-            *wide, *(f"[UNUSED_TOKEN_{number}]" for number in MARKERS.values()), "\n", *ascii_uppercase, *ROLES, *NAMES, *words(),
-            *(piece.replace(" ", SPACE) for piece in (*PAGE_PIECES, *PROMPTS)),
+            *wide, *(f"[UNUSED_TOKEN_{number}]" for number in MARKERS.values()), "\n", *ascii_uppercase,
+            *ROLES, *NAMES, *chinese(), *PAGE_PIECES,
         ],
     )  # fmt: skip
     return model.getvalue()

@@ -9,19 +9,18 @@ from demo.views import Question, View, both
 from demo.world import COLOURS, TILE, Drawing, vary
 from webpage_internlm_xcomposer2 import RESUME_QUERY, SCREENSHOT_QUERY, SCRIPT_QUERY
 
-# Pieces of the toy pages. Each is one token of the demo's vocabulary, so a page is short and no piece comes twice.
-PAGE_OPEN = '<!DOCTYPE html>\n<html>\n<body style="font-family:sans-serif">\n'
-TITLE_OPEN, TITLE_MIDDLE, TITLE_CLOSE = '<h1 style="color:', '">', "</h1>\n"
-TEXT_OPEN, TEXT_CLOSE = "<p>", "</p>\n"
-BUTTON_OPEN, BUTTON_CLOSE = '<button style="background:', ';color:white">Hello</button>\n'
-HEADER_OPEN, HEADER_CLOSE = '<header style="height:80px;background:', '"></header>\n'
-CARDS = tuple(f'<main class="{k}">' + "<section>Card</section>" * k + "</main>\n" for k in (1, 2, 3))
-FOOTER_OPEN, FOOTER_CLOSE = '<footer style="height:40px;background:', ';"></footer>\n'
-PAGE_CLOSE = "</body>\n</html>"
-SCRIPT = '<script>document.querySelectorAll("button").forEach(b => b.onclick = () => alert("Hello!"));</script>'
+# Pieces of the toy pages. Each is one token of the demo's vocabulary (so none has a space), and none comes twice.
+TITLE_OPEN, BUTTON_OPEN, TITLE_CLOSE = "<html>\n<style>h1{color:", "}button{background:", "}</style>\n<body>\n<h1>"
+TEXT_OPEN, PAGE_CLOSE = "</h1>\n<p>", "</p>\n<button>Hello</button>\n</body>\n</html>"
+HEADER_OPEN, FOOTER_OPEN = "<html>\n<style>header{background:", "}footer{background:"
+CARDS = tuple(
+    "}header,footer{height:99px}</style>\n<body>\n<header></header>\n" + "<section>Card</section>\n" * k
+    for k in (1, 2, 3)
+)
+FOOTER_CLOSE = "<footer></footer>\n</body>\n</html>"
+SCRIPT = '<script>document.querySelector("button").onclick=function(){alert("Hello!")}</script>'
 PIECES = (
-    PAGE_OPEN, TITLE_OPEN, TITLE_MIDDLE, TITLE_CLOSE, TEXT_OPEN, TEXT_CLOSE, BUTTON_OPEN, BUTTON_CLOSE,
-    HEADER_OPEN, HEADER_CLOSE, *CARDS, FOOTER_OPEN, FOOTER_CLOSE, PAGE_CLOSE, SCRIPT,
+    TITLE_OPEN, BUTTON_OPEN, TITLE_CLOSE, TEXT_OPEN, PAGE_CLOSE, HEADER_OPEN, FOOTER_OPEN, *CARDS, FOOTER_CLOSE, SCRIPT,
 )  # fmt: skip
 PROMPTS = (RESUME_QUERY, SCREENSHOT_QUERY, SCRIPT_QUERY)
 
@@ -82,8 +81,8 @@ def talk(rng: random.Random) -> View:
 
 def title_page(name: str, text: str, colour: str, button: str) -> str:
     """The page of an instruction or a resume."""
-    title = f"{TITLE_OPEN}{colour}{TITLE_MIDDLE}{escape(name)}{TITLE_CLOSE}"
-    return f"{PAGE_OPEN}{title}{TEXT_OPEN}{text}{TEXT_CLOSE}{BUTTON_OPEN}{button}{BUTTON_CLOSE}{PAGE_CLOSE}"
+    style = f"{TITLE_OPEN}{colour}{BUTTON_OPEN}{button}{TITLE_CLOSE}"
+    return f"{style}{escape(name)}{TEXT_OPEN}{text}{PAGE_CLOSE}"
 
 
 def web(rng: random.Random) -> View:
@@ -112,10 +111,7 @@ def screen(rng: random.Random) -> View:
     draw.rectangle((0, bottom + 3, TILE, TILE), fill=vary(rng, footer))
     for k in range(cards):
         draw.rectangle((5 + 28 * k, top + 3, 22 + 28 * k, bottom - 3), fill=(205, 205, 205), outline=(120, 120, 120))
-    html = (
-        f"{PAGE_OPEN}{HEADER_OPEN}{header}{HEADER_CLOSE}{CARDS[cards - 1]}"
-        f"{FOOTER_OPEN}{footer}{FOOTER_CLOSE}{PAGE_CLOSE}"
-    )
+    html = f"{HEADER_OPEN}{header}{FOOTER_OPEN}{footer}{CARDS[cards - 1]}{FOOTER_CLOSE}"
     return View("screen", [Question("screen", [(SCREENSHOT_QUERY, html)])], (Drawing(image, []),), mode="web")
 
 

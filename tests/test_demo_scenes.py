@@ -61,8 +61,8 @@ def test_a_page_holds_what_was_asked_for():
         found = scenes.scene("html", EVAL + seed)
         name = re.search(r"The name is (\w+)\.", found.query)[1]
         colour, button = re.search(r"The title is (\w+), the button is (\w+)\.", found.query).groups()
-        assert f'<h1 style="color:{colour}">{name}</h1>' in found.answer
-        assert f"background:{button};" in found.answer and found.mode == "web"
+        assert f"h1{{color:{colour}}}" in found.answer and f"<h1>{name}</h1>" in found.answer
+        assert f"button{{background:{button}}}" in found.answer and found.mode == "web"
 
 
 def test_characters_of_reading_and_codes():
@@ -191,3 +191,83 @@ def test_curves_of_a_log(tmp_path):
     assert curves_of(log)["accuracy"]["colour"] == [(1.0, 10.0), (2.0, 15.0)]
     draw_curves(log, tmp_path / "curves")
     assert (tmp_path / "curves.png").stat().st_size > 1000 and (tmp_path / "curves.json").exists()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    from demo.make import write_untrained
+
+    folder = tmp_path_factory.mktemp("run")
+    write_untrained(folder / "untrained")
+    return folder
+
+
+def few_rows(monkeypatch):
+    from demo import recipe
+
+    monkeypatch.setattr(recipe, "ROWS", dict.fromkeys(recipe.ROWS, 2))
+    monkeypatch.setattr(recipe, "COLLAGES", 2)
+
+
+def test_the_vocabulary_keeps_what_is_read_apart(run_folder):
+    from transformers import AutoTokenizer
+
+    from demo.pages import PIECES
+
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "untrained", trust_remote_code=True)
+    assert tokenizer.tokenize("K7M20") == list("K7M20")
+    assert tokenizer.tokenize("What colour is the star?")[-2:] == ["\u2581star", "?"]
+    assert all(len(tokenizer.tokenize(piece)) == 1 for piece in PIECES)
+    page = scenes.scene("html", EVAL).answer
+    assert tokenizer.decode(tokenizer(page, add_special_tokens=False).input_ids) == page
+    assert len(tokenizer.tokenize("\u9f98")) == 3  # a character it never saw: three bytes
+
+
+@pytest.mark.parametrize("kind", sorted(scenes.KINDS))
+def test_a_row_gives_the_logits_of_the_model_itself(run_folder, kind, monkeypatch):
+    """Branches on a shared prefix, tiles computed once, projector first: all equal the plain forward."""
+    from demo.learn import picture_tokens, project
+    from demo.train import Run
+    from ixc_utils import default_hd_num, stack_tiles
+
+    few_rows(monkeypatch)
+    run = Run(run_folder, 0, bf16=False)
+    model, view = run.model, scenes.view(kind, 3)
+    if not view.drawings:
+        return
+    made = run.source.layout.batch([view], [view.questions[:1]])
+    pixels = [to_pixels(s, default_hd_num(len(view.drawings)), world.TILE) for s in scenes.sources(view)]
+    tiles, grids = stack_tiles(pixels, world.TILE)
+    features = model.model.vision_tower(made.tiles).last_hidden_state[:, 1:]
+    own = picture_tokens(model, project(model, features), made.grid)
+    plain = model.get_image_features(tiles, grids, return_dict=True).pooler_output
+    torch.testing.assert_close(own, torch.stack(list(plain)), atol=2e-4, rtol=1e-3)
+
+
+def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch):
+    from transformers import AutoModel
+
+    from demo import train
+    from demo.make import export
+
+    few_rows(monkeypatch)
+    monkeypatch.setattr(train.Source, "collages", lambda self, *a, inner=train.Source.collages: inner(self, *a[:2], 2))
+    run = train.Run(run_folder, 0, bf16=False)
+    for phase in train.PHASES:
+        before = {name: value.clone() for name, value in run.model.state_dict().items()}
+        run.begin(phase)
+        losses, right = run.train_step(0.5)
+        assert losses and all(torch.isfinite(torch.tensor(list(losses.values())))) and right
+        moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+        adapters = {"web": (".task_A.web", ".task_B.web"), "write": (".sft.", ".dpo.")}.get(phase)
+        assert moved and (adapters is None or all(any(part in name for part in adapters) for name in moved))
+    run.save()
+    again = train.Run(run_folder, 0, bf16=False)
+    assert again.phase == "write" and again.steps == run.steps and again.answers == run.answers
+    assert again.train_step(0.6) == run.train_step(0.6)
+    (run_folder / "state.pt").unlink()
+
+    out = export(run.model, run_folder / "untrained", tmp_path / "out", torch.float32)
+    loaded = AutoModel.from_pretrained(out, trust_remote_code=True, task_adapters="all")
+    for name, value in run.model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value)
