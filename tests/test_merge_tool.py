@@ -47,13 +47,13 @@ def load(path, dtype=torch.float32):
 
 
 def inputs(model, rows=1):
-    """A prompt of text, a picture of two tiles and a global view, and text."""
+    """A prompt of text, a picture of two tiles, and text."""
     generator = torch.Generator().manual_seed(0)
     side = model.config.tokens_per_side
     image = [model.config.image_token_id] * (side * (side + 1) + 1 + side * (2 * side + 1))
     text = torch.randint(20, 900, (12,), generator=generator).tolist()
     tile = model.config.tile
-    pixels = torch.randn(3 * rows, 3, tile, tile, generator=generator)
+    pixels = torch.randn(2 * rows, 3, tile, tile, generator=generator)
     return {
         "input_ids": torch.tensor([text[:4] + image + text[4:]] * rows),
         "pixel_values": pixels,

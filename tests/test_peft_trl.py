@@ -52,7 +52,7 @@ def batch_of(config):
         "input_ids": ids,
         "attention_mask": mask,
         "mm_token_type_ids": (ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(3, 3, tile, tile, generator=generator),
+        "pixel_values": torch.randn(2, 3, tile, tile, generator=generator),
         "image_grid_thw": torch.tensor([[1, 1, 2]]),
         "labels": labels,
     }

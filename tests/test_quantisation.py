@@ -63,14 +63,14 @@ def load(path, config=None, **kwargs):
 
 
 def inputs(model):
-    """Text, a picture of a global view and two tiles, text."""
+    """Text, a picture of two tiles, text."""
     generator = torch.Generator().manual_seed(0)
     side, tile = model.config.tokens_per_side, model.config.tile
     image = [model.config.image_token_id] * (side * (side + 1) + 1 + side * (2 * side + 1))
     text = torch.randint(20, 900, (12,), generator=generator).tolist()
     return {
         "input_ids": torch.tensor([text[:4] + image + text[4:]]),
-        "pixel_values": torch.randn(3, 3, tile, tile, generator=generator),
+        "pixel_values": torch.randn(2, 3, tile, tile, generator=generator),
         "image_grid_thw": torch.tensor([[1, 1, 2]]),
     }
 
