@@ -65,18 +65,24 @@ def name_of(rng: random.Random) -> str:
 
 
 def talk(rng: random.Random) -> View:
-    """Without a picture: greetings, who are you, what comes next, say after me."""
+    """Without a picture: greetings, who are you, what comes next."""
     asked = []
     for query, answer in rng.sample(TALK, 4):
         asked.append(Question("identity" if query in IDENTITY else "talk", [(query, answer)]))
     number = rng.randint(0, 20)
     asked += both("next", (f"What comes after {number}?", f"{number + 1}"), (f"{number}的后面是几？", f"{number + 1}"))
+    return View("talk", asked)
+
+
+def echo(rng: random.Random) -> View:
+    """Without a picture: names to say again, at once or a turn later. Pages and articles need it."""
+    asked = []
     for _ in range(3):
         name = " ".join(name_of(rng) for _ in range(rng.choice((1, 1, 2, 4))))
         asked += both("repeat", (f"Say this: {name}", name), (f"请说：{name}", name))
         asked.append(Question("repeat", [(f"I am {name}.", f"Hello, {name}!")]))
         asked.append(Question("repeat", [(f"My name is {name}.", "Nice to meet you!"), ("Who am I?", name)]))
-    return View("talk", asked)
+    return View("echo", asked)
 
 
 def title_page(name: str, text: str, colour: str, button: str) -> str:

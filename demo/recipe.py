@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 }
 
 # Phase -> its share of the budget in minutes.
-SHARES = {"look": 0.10, "base": 0.77, "web": 0.08, "write": 0.05}
+SHARES = {"look": 0.04, "base": 0.88, "web": 0.05, "write": 0.03}
 RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
@@ -48,7 +48,7 @@ QUESTIONS = 4  # of a picture, at most
 ROWS = {
     "shapes": 5, "crowd": 5, "read1": 8, "read2": 8, "read3": 8, "read4": 8, "read5": 8, "code2x1": 6,
     "code3x2": 4, "code2x3": 4, "several2": 4, "several3": 3, "video3": 4, "video4": 3, "video5": 3, "video6": 3,
-    "talk": 3, "web": 6, "screen": 8, "write": 6,
+    "talk": 3, "echo": 4, "web": 6, "screen": 8, "write": 6,
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {"follow": 1.5, "exists": 1.5, "exists.zh": 1.5, "video": 2, "video.zh": 1}
@@ -70,7 +70,8 @@ def mix(progress: float) -> dict[str, float]:
         "several2": 0.9,
         "several3": 0.6 if stage else 0.2,
         **{f"video{n}": 0.35 for n in range(3, 7)},
-        "talk": 0.9,
+        "talk": 0.6,
+        "echo": 0.9,
     }
 
 

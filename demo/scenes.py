@@ -30,13 +30,15 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
     **{f"several{n}": partial(views.several, count=n) for n in (2, 3)},
     **{f"video{n}": partial(views.video, count=n) for n in range(3, 7)},
     "talk": pages.talk,
+    "echo": pages.echo,
     "web": pages.web,
     "screen": pages.screen,
     "write": pages.write,
 }
 # Task -> the kinds it is asked of. code2x1 is a step towards the larger ones: only training uses it.
 TASKS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("talk", "identity", "next", "repeat"), ("talk",)),
+    **dict.fromkeys(("talk", "identity", "next"), ("talk",)),
+    "repeat": ("echo",),
     **dict.fromkeys(("shape", "colour", "position", "what", "exists", "caption"), ("shapes",)),
     **dict.fromkeys(("count", "count_of", "more"), ("crowd",)),
     "follow": ("shapes",),
