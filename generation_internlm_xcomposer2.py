@@ -31,6 +31,14 @@ class PrefillMixin:
         input_ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)
         return input_ids, {**expanded, **pictures}
 
+    def _get_logits_processor(self, *args, **kwargs):
+        """transformers 5.23 spares as many ids as a row has padding from repetition penalties: rightly in token ids,
+        but a prompt of embeddings has no ids, and the first generated ones would go unpenalised.
+        """
+        if kwargs.get("input_ids_seq_length") == 0 and kwargs.get("model_kwargs"):
+            kwargs["model_kwargs"] = {name: v for name, v in kwargs["model_kwargs"].items() if name != "attention_mask"}
+        return super()._get_logits_processor(*args, **kwargs)
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Run what of the prompt is not in the cache yet; returns the last position's logits (B * C, 1, vocabulary)."""
         cache = model_kwargs.get("past_key_values")

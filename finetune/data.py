@@ -152,7 +152,7 @@ class Collator:
             shortest = min(ids, key=len)
             mask[next(i for i, row in enumerate(ids) if row is shortest)] += [0] * length
             shortest += [self.image_token_id] * length
-            tiles, grid = torch.zeros(2, 3, self.tile, self.tile), torch.ones(1, 3, dtype=torch.long)
+            tiles, grid = torch.zeros(1, 3, self.tile, self.tile), torch.ones(1, 3, dtype=torch.long)
             pictures = [{"pixel_values": tiles, "image_grid_thw": grid}]
         input_ids = pad(ids, self.pad_token_id)
         width = input_ids.shape[1]

@@ -44,6 +44,12 @@ class TestBatch:
             assert answer == single
             assert after == [*history, (query, answer)]
 
+    def test_penalties_count_from_the_first_generated_token_in_padded_rows(self, model, tiny_tokenizer):
+        queries = ["hi", "a much longer question " * 3]
+        settings = {**GREEDY, "repetition_penalty": 1.6, "max_new_tokens": 24}
+        answers, _ = model.batch_chat(tiny_tokenizer, queries, **settings)
+        assert answers == [model.chat(tiny_tokenizer, query, **settings)[0] for query in queries]
+
     def test_a_second_turn_continues_each_row(self, model, tiny_tokenizer):
         queries, images, histories = (list(column) for column in zip(*ROWS, strict=True))
         _, histories = model.batch_chat(tiny_tokenizer, queries, images, histories, **GREEDY)
