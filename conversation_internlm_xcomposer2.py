@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
-from .ixc_utils import check_hd_num, default_hd_num, image_tokens, load_media, media_grid, stack_tiles, to_pixels
+from .ixc_utils import check_hd_num, default_hd_num, image_tokens, load_media, media_grid, to_pixels, to_tiles
 from .prompting_internlm_xcomposer2 import (
     TURN_CLOSE,
     Prompt,
@@ -134,8 +134,8 @@ class ConversationMixin:
         found = [self.reuse.picture(key) if need and keep else None for key, need in zip(keys, needed, strict=True)]
         missing = [i for i, need in enumerate(needed) if need and found[i] is None]
         if missing:
-            pixels = [self._pixels(conversation.pictures[i], conversation.hd_num) for i in missing]
-            tiles, grids = stack_tiles(pixels, self.config.tile)
+            pictures = [conversation.pictures[i] for i in missing]
+            tiles, grids = to_tiles(pictures, conversation.hd_num, self.config.tile, self.font)
             tiles = tiles.to(place_of(self.model.vision_tower))
             features = self.get_image_features(tiles, grids, return_dict=True).pooler_output
             for i, feature in zip(missing, features, strict=True):
@@ -248,8 +248,7 @@ class ConversationMixin:
         input_ids = torch.tensor([prompt.input_ids], device=place_of(self.get_input_embeddings()))
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if pictures:
-            pixels = [self._pixels(picture, hd_num) for picture in pictures]
-            tiles, inputs["image_grid_thw"] = stack_tiles(pixels, self.config.tile)
+            tiles, inputs["image_grid_thw"] = to_tiles(pictures, hd_num, self.config.tile, self.font)
             inputs["pixel_values"] = tiles.to(place_of(self.model.vision_tower))
             inputs["mm_token_type_ids"] = self.model.image_slots(input_ids).long()
         penalty = settings.pop("repetition_penalty", 1.0)

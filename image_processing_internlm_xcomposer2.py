@@ -22,8 +22,7 @@ from .ixc_utils import (
     hd_grid,
     image_tokens,
     load_media,
-    stack_tiles,
-    to_pixels,
+    to_tiles,
 )
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
@@ -134,11 +133,9 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
             hd_num = [hd_num] * len(pictures)
         if len(hd_num) != len(pictures):
             raise ValueError(f"hd_num lists {len(hd_num)} numbers for {len(pictures)} images; pass one for each")
-        paired = list(zip(pictures, hd_num, strict=True))
         for most in hd_num:
             hd_grid(1, 1, most, self.tile)  # a wrong hd_num shows before any picture is opened
-        pixels = [to_pixels(open_picture(picture), most, self.tile) for picture, most in paired]
-        tiles, grids = stack_tiles(pixels, self.tile)
+        tiles, grids = to_tiles([open_picture(picture) for picture in pictures], hd_num, self.tile)
         return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:

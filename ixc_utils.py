@@ -211,22 +211,32 @@ def _padded(img: Image.Image, tile: int) -> Image.Image:
     return canvas
 
 
-def _to_tensor(img: Image.Image, tile: int) -> torch.Tensor:
-    """Resized RGB picture -> (3, H, W) float32, padded with white to whole tiles and CLIP-normalised.
+def _write(img: Image.Image, cells: np.ndarray) -> None:
+    """Write a resized RGB picture into cells (rows, cols, 3, tile, tile): CLIP-normalised, white where it ends.
 
-    One fused uint8 -> float32 pass per channel straight into its place; the padded picture is never built in 8 bits.
+    One pass uint8 -> float32 a cell and channel, straight into its place; a cell stays in the processor's cache.
     """
-    rows, cols = _grid(img.size, tile)
-    pixels = np.empty((3, rows * tile, cols * tile), np.float32)
-    width, height = img.size
+    rows, cols, _, tile, _ = cells.shape
     for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
         scale, shift = np.float32(1 / (255 * std)), np.float32(-mean / std)
-        inner = pixels[channel, :height, :width]
-        np.multiply(np.asarray(img.getchannel(channel)), scale, out=inner, dtype=np.float32)
-        inner += shift
         white = np.float32(255) * scale + shift
-        pixels[channel, height:] = white
-        pixels[channel, :height, width:] = white
+        values = np.asarray(img.getchannel(channel))
+        for row in range(rows):
+            for col in range(cols):
+                part = values[row * tile : (row + 1) * tile, col * tile : (col + 1) * tile]
+                height, width = part.shape
+                cell = cells[row, col, channel]
+                np.multiply(part, scale, out=cell[:height, :width], dtype=np.float32)
+                cell[:height, :width] += shift
+                cell[height:] = white
+                cell[:height, width:] = white
+
+
+def _to_tensor(img: Image.Image, tile: int) -> torch.Tensor:
+    """Resized RGB picture -> (3, H, W) float32, padded with white to whole tiles and CLIP-normalised."""
+    rows, cols = _grid(img.size, tile)
+    pixels = np.empty((3, rows * tile, cols * tile), np.float32)
+    _write(img, pixels.reshape(3, rows, tile, cols, tile).transpose(1, 3, 0, 2, 4))  # a view, tile by tile
     return torch.from_numpy(pixels)
 
 
@@ -263,10 +273,44 @@ def to_pixels(picture: Picture, hd_num: int = 24, tile: int = TILE, font: Font |
     """What `load_media` returned -> float32 (3, rows * tile, cols * tile). hd_num counts for still pictures only."""
     if isinstance(picture, torch.Tensor):
         return _checked_pixels(picture, tile).to(torch.float32)
+    return _to_tensor(_sized(picture, hd_num, tile, font), tile)
+
+
+def to_tiles(
+    pictures: Sequence[Picture],
+    hd_num: int | Sequence[int] = 24,
+    tile: int = TILE,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `load_media` returned, n times -> all their tiles (N, 3, tile, tile) float32, and grids (n, 3).
+
+    As `stack_tiles` of `to_pixels`, without the pixels in between. hd_num: of all, or one for each picture.
+    """
+    most = [hd_num] * len(pictures) if isinstance(hd_num, int) else hd_num
+    grids = [(1, *media_grid(picture, limit, tile)) for picture, limit in zip(pictures, most, strict=True)]
+    tiles = np.empty((sum(rows * cols for _, rows, cols in grids), 3, tile, tile), np.float32)
+    start = 0
+    for picture, limit, (_, rows, cols) in zip(pictures, most, grids, strict=True):
+        part = tiles[start : start + rows * cols]
+        if isinstance(picture, torch.Tensor):
+            part[:] = stack_tiles([to_pixels(picture, tile=tile)], tile)[0].detach().cpu().numpy()
+        else:
+            _write(_sized(picture, limit, tile, font), part.reshape(rows, cols, 3, tile, tile))
+        start += rows * cols
+    return torch.from_numpy(tiles), torch.tensor(grids)
+
+
+def _sized(
+    picture: Image.Image | list[Image.Image],
+    hd_num: int,
+    tile: int,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont | None,
+) -> Image.Image:
+    """A still picture, or a video's frames stitched, in the size that its tiles have, not yet padded."""
     if isinstance(picture, Image.Image):
-        return _to_tensor(_resized(_flat(picture), _hd_size(picture.width, picture.height, hd_num, tile)), tile)
+        return _resized(_flat(picture), _hd_size(picture.width, picture.height, hd_num, tile))
     stitched = frame2img(picture, font, tile)
-    return _to_tensor(_resized(stitched, _video_size(stitched.width, stitched.height, tile)), tile)
+    return _resized(stitched, _video_size(stitched.width, stitched.height, tile))
 
 
 def load_media(

@@ -16,7 +16,7 @@ from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_internlm_xcomposer2 import TileFields
-from .ixc_utils import BAND, choose_frames, get_font, load_media, load_video, stack_tiles, to_pixels
+from .ixc_utils import BAND, choose_frames, get_font, load_media, load_video, to_tiles
 
 
 class InternLMXComposer2VideosKwargs(TypedDict, total=False):
@@ -101,7 +101,7 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
             raise ValueError("0 videos; pass videos=None for a prompt without")
         frames = self.fetch_frames(videos, num_frames, fps, do_sample_frames, video_metadata)
         font = self._font(self.font if font is None else font)
-        tiles, grids = stack_tiles([to_pixels(video, tile=self.tile, font=font) for video in frames], self.tile)
+        tiles, grids = to_tiles(frames, tile=self.tile, font=font)
         return BatchFeature({"pixel_values_videos": tiles, "video_grid_thw": grids}, tensor_type=return_tensors)
 
     def fetch_frames(

@@ -33,7 +33,7 @@ def tiles(options, model, rates) -> dict:
     counts = [n for n in (1, 2, 4, 6, 9, 12, 18, 24, 36) if n <= options.tiles]
     seconds: dict[str, list] = {"ours": [], "plain": [], "floor": []}
     for count in counts:
-        pixels = torch.randn(1 + count, 3, side, side, device=options.device)
+        pixels = torch.randn(count, 3, side, side, device=options.device)
         grid = torch.tensor([[1, 1, count]])
 
         def run(pixels=pixels, grid=grid):
@@ -46,10 +46,10 @@ def tiles(options, model, rates) -> dict:
         times = in_turns({"ours": run, "plain": plainly}, options.rounds, options.device, warm=int(count == 1))
         for name, row in times.items():
             seconds[name].append(min(row))
-        seconds["floor"].append(vision_flops(model, 1 + count) / rates["flops"])
+        seconds["floor"].append(vision_flops(model, count + (count > 1)) / rates["flops"])
         note(tiles=count, **{name: row[-1] for name, row in seconds.items()})
     at_once = {}
-    pixels = torch.randn(1 + max(counts), 3, side, side, device=options.device)
+    pixels = torch.randn(max(counts), 3, side, side, device=options.device)
     for batch in (1, 2, 4, 8, 16):
         model.model.tiles_at_once = batch
         grid = torch.tensor([[1, 1, max(counts)]])
@@ -84,7 +84,7 @@ def frames(options, model) -> dict:
 
 
 def preprocessing(options) -> dict:
-    """A 4K picture to normalised pixels, and on to tiles with the global view, beside the bare resize."""
+    """A 4K picture to normalised pixels, and cut into tiles, beside the bare resize."""
     utils = code("ixc_utils")
     result = {}
     for hd_num in (24, 9):
@@ -93,7 +93,7 @@ def preprocessing(options) -> dict:
         runs = {
             "resize": lambda image=image, size=size: image.resize(size, Image.Resampling.BILINEAR),
             "pixels": lambda image=image, hd_num=hd_num: utils.to_pixels(image, hd_num),
-            "tiles": lambda image=image, hd_num=hd_num: utils.stack_tiles([utils.to_pixels(image, hd_num)], 560),
+            "tiles": lambda image=image, hd_num=hd_num: utils.to_tiles([image], hd_num),
         }
         times = in_turns(runs, max(options.rounds, 10))
         result[hd_num] = {

@@ -367,7 +367,7 @@ def stages(model) -> Iterator[dict[str, float]]:
         for target, name, part in (
             (model, "_open", "preprocessing"),
             (model, "_pixels", "preprocessing"),
-            (conversation, "stack_tiles", "preprocessing"),
+            (conversation, "to_tiles", "preprocessing"),
             (model, "get_image_features", "vision"),
             (model, "_run_prompt", "prefill"),
         ):
@@ -420,7 +420,7 @@ def prefill_flops(model, tokens: int, image_tokens: int = 0) -> float:
 
 
 def vision_flops(model, tiles: int) -> float:
-    """FLOPs of the tower and the projector for so many ViT inputs (the global view is one)."""
+    """FLOPs of the tower and the projector for so many ViT inputs (a global view is one)."""
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     tower = sum(p.numel() for n, p in model.model.vision_tower.encoder.named_parameters() if p.ndim == 2)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from finetune.formats import BadRow, Row
-from ixc_utils import BAND, default_hd_num, get_font, image_tokens, load_media, media_grid, stack_tiles, to_pixels
+from ixc_utils import BAND, default_hd_num, get_font, image_tokens, load_media, media_grid, to_tiles
 from prompting_internlm_xcomposer2 import (
     IGNORE_INDEX,
     TURN_CLOSE,
@@ -104,8 +104,8 @@ class Encoder:
         features: dict[str, Any] = {"input_ids": conversation.input_ids, "labels": conversation.labels}
         if conversation.pictures:
             font = get_font(BAND, self.font_folder) if any(map(is_video, conversation.pictures)) else None
-            pixels = [to_pixels(picture, conversation.hd_num, self.tile, font) for picture in conversation.pictures]
-            features["pixel_values"], features["image_grid_thw"] = stack_tiles(pixels, self.tile)
+            tiles, grids = to_tiles(conversation.pictures, conversation.hd_num, self.tile, font)
+            features["pixel_values"], features["image_grid_thw"] = tiles, grids
         return features
 
 

@@ -815,3 +815,17 @@ def test_nothing_heavy_is_imported():
 def dynamic_imports(path):
     check = pytest.importorskip("transformers.dynamic_module_utils")
     return set(check.get_imports(str(path)))
+
+
+@pytest.mark.parametrize("tile", [56, 560])
+def test_tiles_at_once_equal_tiles_of_pixels(tile):
+    """Still pictures, a video and ready pixels, each with its own number of tiles."""
+    frames = [Image.new("RGB", (64, 48), color) for color in ("red", "blue", "green")]
+    still = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 301, 3), dtype=np.uint8))
+    pictures = [still, frames, still.transpose(Image.Transpose.TRANSPOSE), ixc.to_pixels(still, 2, tile)]
+    limits = [6, 6, 3, 2]
+    tiles, grids = ixc.to_tiles(pictures, limits, tile)
+    pixels = [ixc.to_pixels(picture, limit, tile) for picture, limit in zip(pictures, limits, strict=True)]
+    wanted_tiles, wanted_grids = ixc.stack_tiles(pixels, tile)
+    assert torch.equal(tiles, wanted_tiles) and torch.equal(grids, wanted_grids)
+    assert grids.tolist() == [[1, *ixc.media_grid(p, limit, tile)] for p, limit in zip(pictures, limits, strict=True)]
