@@ -125,10 +125,12 @@ def export(model: nn.Module, untrained: Path, out: Path, dtype: torch.dtype = to
 
     Only files of a checkpoint are written; what else is in `out` stays.
     """
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     draft = out / ".draft"
     model.save_pretrained(draft, state_dict={k: v.to(dtype).contiguous() for k, v in model.state_dict().items()})
     (draft / "model.safetensors").replace(out / "model.safetensors")
+    (out / "model.safetensors").chmod(0o644)
     for file in draft.iterdir():
         file.unlink()
     draft.rmdir()

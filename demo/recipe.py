@@ -52,9 +52,10 @@ ROWS = {
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {"follow": 1.5, "exists": 1.5, "exists.zh": 1.5, "video": 2, "video.zh": 1}
-# Every picture of the base phase's first part is described in full: "a red star at the top left" is one look-up after
-# another, and the questions that take two steps ("what colour is the star?") grow on it.
-DESCRIBED, DESCRIBED_UNTIL = ("caption", "caption.zh"), 0.6
+# Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
+# after another ("a red star at the top left": place, then colour, then shape), and the questions that take two steps
+# ("what colour is the star?") grow on it, but only in the directions in which descriptions go.
+DESCRIBED, DESCRIBED_UNTIL = ("caption", "caption.zh", "list", "list.zh"), 0.6
 
 
 def mix(progress: float) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Source:
             view = scenes.view(kind, scenes.TRAIN_SEEDS[rng.randrange(len(scenes.TRAIN_SEEDS))])
             keyed = [(rng.random() ** (1 / recipe.PICKED.get(q.task, 1.0)), q) for q in view.questions]
             chosen = [q for _, q in sorted(keyed, key=lambda pair: -pair[0])]
-            always = [q for q in chosen if described and q.task in recipe.DESCRIBED]
+            always = [q for q in chosen if described and q.task in recipe.DESCRIBED][:2]
             asked.append(always + [q for q in chosen if q not in always][: recipe.QUESTIONS])
             views.append(view)
         return self.layout.batch(views, asked, marked=rng.random() < 0.15)
@@ -180,7 +180,8 @@ def run_phase(run: Run, minutes: float) -> None:
         for kind, loss in new_losses.items():
             losses.setdefault(kind, []).append(loss)
         add(right, new_right)
-        if run.steps[run.phase] % LOG_EVERY == 0:
+        over = run.seconds[run.phase] / 60 >= minutes or run.stopped
+        if run.steps[run.phase] % LOG_EVERY == 0 or over:
             line = {
                 "phase": run.phase, "step": run.steps[run.phase], "minutes": round(sum(run.seconds.values()) / 60, 2),
                 "answers": run.answers, "rate": run.optimiser.param_groups[-1]["lr"],

@@ -127,6 +127,18 @@ def caption(things: list[Thing]) -> list[Question]:
     return both("caption", ("Describe the picture.", f"{english}."), ("描述这张图片。", f"{chinese}。"))
 
 
+def listing(things: list[Thing]) -> list[Question]:
+    """The same as the caption in other orders, so that shape and place, too, are what something is looked up by."""
+    by_shape = "; ".join(f"{t.shape}: {t.colour}, {PLACES[t.place]}" for t in things)
+    by_place = "; ".join(f"{PLACES[t.place]}: {t.shape}, {t.colour}" for t in things)
+    shape_zh = "；".join(f"{SHAPE_ZH[t.shape]}：{COLOUR_ZH[t.colour]}色，{PLACE_ZH[t.place]}" for t in things)
+    place_zh = "；".join(f"{PLACE_ZH[t.place]}：{SHAPE_ZH[t.shape]}，{COLOUR_ZH[t.colour]}色" for t in things)
+    return [
+        *both("list", ("List the shapes.", by_shape), ("列出形状。", shape_zh)),
+        *both("list", ("List the places.", by_place), ("列出位置。", place_zh)),
+    ]
+
+
 def follow_up(rng: random.Random, things: list[Thing]) -> list[Question]:
     """A second question that says "it": what it is about stands in the first turn."""
     t = rng.choice(things)
@@ -146,7 +158,7 @@ def follow_up(rng: random.Random, things: list[Thing]) -> list[Question]:
 def shapes(rng: random.Random) -> View:
     """One to four things in nine places."""
     things = some_things(rng, rng.choice((1, 2, 2, 3, 3, 4)))
-    asked = caption(things) + about_one(rng, things) + exists(rng, things) + follow_up(rng, things)
+    asked = caption(things) + listing(things) + about_one(rng, things) + exists(rng, things) + follow_up(rng, things)
     return View("shapes", asked, (draw_things(rng, things),))
 
 
