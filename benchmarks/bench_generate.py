@@ -355,7 +355,7 @@ PARTS = {
 }
 
 
-def draw(options, result: dict) -> None:
+def draw(options, name: str, result: dict) -> None:
     panels = []
     if "prompt_length" in result:
         part = result["prompt_length"]
@@ -368,7 +368,7 @@ def draw(options, result: dict) -> None:
         lines["floor"] = (rows, [part["floor_ms"][n] for n in rows])
         panels.append({"title": "decode step, context 512", "x": "batch", "y": "ms", "lines": lines})
     if panels:
-        plot("generate", options, panels)
+        plot(name, options, panels)
 
 
 def main() -> None:
@@ -389,8 +389,10 @@ def main() -> None:
         if name in options.parts:
             with without_reuse(bench.model):
                 result[name] = part(bench)
-    draw(options, result)
-    report("generate", options, about, result)
+    parts = [name for name in PARTS if name in options.parts]
+    name = "generate" if len(parts) == len(PARTS) else f"generate-{'+'.join(parts)}"
+    draw(options, name, result)
+    report(name, options, about, result)
 
 
 if __name__ == "__main__":
