@@ -228,7 +228,7 @@ def main() -> None:
             tokens = [row["tokens"] for row in part["rows"]]
             lines = {name: (tokens, [row[key] for row in part["rows"]])
                      for name, key in (("peak", "above"), ("keys and values alone", "cache"))}  # fmt: skip
-            title = f"one conversation, {part['layers']} layers"
+            title = f"one conversation, decoder layers: {part['layers']}"
             panels.append({"title": title, "x": "tokens", "y": "MiB over weights", "lines": lines})
     name = "memory-long" if wanted == ["long"] else "memory"
     if panels:

@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--query", type=int, default=100, help="tokens of each question")
     options = parsed(parser)
+    if options.turns < 4:
+        parser.error(f"--turns {options.turns}: the halves of a conversation are compared, take 4 or more")
     about = environment(options)
     hd_num = HD_NUM[options.preset]
     model = build_model(preset_config(options.preset), options.device, options.torch_dtype)
