@@ -375,7 +375,8 @@ class InternLMXComposer2ForCausalLM(
         """transformers' `generate`; `im_mask` (B, T) is the released name of `mm_token_type_ids`."""
         if im_mask is not None:
             kwargs["mm_token_type_ids"] = im_mask.long()
-        if not any(kwargs.get(name) for name in OTHER_CACHES) and kwargs.get("use_cache", True):
+        others = any(kwargs.get(name) is not None for name in OTHER_CACHES)  # an empty cache counts, too
+        if not others and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = GrowingCache(self.config)
         return super().generate(*args, **kwargs)
 

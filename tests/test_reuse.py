@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import CLOSE, GOLDEN, MARK, OPEN, load, read_golden
 from PIL import Image
+from transformers.cache_utils import DynamicCache
 from transformers.generation import StoppingCriteriaList
 
 CASES = read_golden("chat_cases.json")
@@ -528,3 +529,12 @@ def test_golden_chats(golden_model, golden_tokenizer, monkeypatch, switch):
             )
             assert golden_tokenizer.decoded[-1] == case["output_ids"], case["name"]
             assert answer == case["response"]
+
+
+def test_a_cache_of_the_callers_is_used(tiny_model, tiny_tokenizer):
+    """An empty one is no reason to bring another."""
+    cache = DynamicCache(config=tiny_model.config)
+    ids = tiny_tokenizer("hello", return_tensors="pt").input_ids
+    tiny_model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert cache.get_seq_length() == ids.shape[1] + 2
+    assert type(cache) is DynamicCache
