@@ -7,6 +7,7 @@ B batch, T tokens, R rows = image tokens of the whole batch, h x w tiles of one 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,17 @@ def resident_task_adapters(names: tuple[str, ...] | None) -> Iterator[None]:
         _RESIDENT.reset(token)
 
 
+class JointAdapter(NamedTuple):
+    """Task adapters that are active together as one pair: A (sum of ranks, in) and B (out, sum of ranks).
+
+    A and B are None where the weights cannot be stacked (quantised, offloaded, wrapped).
+    """
+
+    names: tuple[str, ...]
+    A: Tensor | None
+    B: Tensor | None
+
+
 class AdaptedLinear(nn.Module):
     """A linear with partial LoRA for image tokens and task adapters for every token.
 
@@ -102,6 +114,57 @@ class AdaptedLinear(nn.Module):
         ranks = {name: rank for name, rank in ranks.items() if resident is None or name in resident}
         self.task_A = nn.ModuleDict({name: nn.Linear(in_features, rank, bias=False) for name, rank in ranks.items()})
         self.task_B = nn.ModuleDict({name: nn.Linear(rank, out_features, bias=False) for name, rank in ranks.items()})
+        self.joint: JointAdapter | None = None
+        self.register_state_dict_pre_hook(AdaptedLinear.part)  # tensors that share memory are no good to a file
+
+    def _apply(self, *args, **kwargs):
+        self.joint = None  # `.to(..)` moves each weight by itself
+        return super()._apply(*args, **kwargs)
+
+    def is_joint(self, names: tuple[str, ...]) -> bool:
+        """Whether `stack(names)` was done and still holds: nobody has given a weight other memory since."""
+        if self.joint is None or self.joint.names != names:
+            return False
+        if self.joint.A is None or torch.compiler.is_compiling():
+            return True
+        return all(
+            pairs[name].weight.untyped_storage().data_ptr() == joint.untyped_storage().data_ptr()
+            for pairs, joint in ((self.task_A, self.joint.A), (self.task_B, self.joint.B))
+            for name in names
+        )
+
+    @torch.no_grad()
+    def stack(self, names: tuple[str, ...]) -> None:
+        """Let these task adapters run as one pair of matmuls where no gradient is asked for.
+
+        Their weights become views of the joint ones: nothing is stored twice, and a change of one is a change of both.
+        """
+        self.part()
+        pairs = [(self.task_A[name], self.task_B[name]) for name in names]
+        linears = [linear for pair in pairs for linear in pair]
+        plain = all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
+        if not plain or any(linear.weight.is_meta for linear in linears):
+            self.joint = JointAdapter(names, None, None)
+            return
+        low, high = torch.cat([a.weight for a, _ in pairs]), torch.cat([b.weight for _, b in pairs], dim=1)
+        ranks = [a.out_features for a, _ in pairs]
+        for (a, b), rows, columns in zip(pairs, low.split(ranks), high.split(ranks, dim=1), strict=True):
+            a.weight.data, b.weight.data = rows, columns
+        self.joint = JointAdapter(names, low, high)
+
+    @torch.no_grad()
+    def part(self, *_) -> None:
+        """Undo `stack`: every weight has memory of its own again."""
+        joint, self.joint = self.joint, None
+        if joint is not None and joint.A is not None:
+            for linear in (pair[name] for name in joint.names for pair in (self.task_A, self.task_B) if name in pair):
+                linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
+
+    def task_lora(self, x: Tensor, adapters: tuple[str, ...]) -> Tensor:
+        """Sum of the task adapters' deltas, (.., in) -> (.., out)."""
+        if not torch.is_grad_enabled() and self.is_joint(adapters) and self.joint.A is not None:
+            return F.linear(F.linear(x, self.joint.A), self.joint.B)
+        return sum(self.task_B[name](self.task_A[name](x)) for name in adapters)
 
     def partial_lora(self, x: Tensor) -> Tensor:
         """(.., in) -> (.., out), dropout while training."""
@@ -124,6 +187,4 @@ class AdaptedLinear(nn.Module):
             else:
                 delta = self.partial_lora(x.flatten(0, 1)[image_tokens])
                 out.view(-1, out.shape[-1]).index_add_(0, image_tokens, delta.to(out.dtype))
-        for name in adapters:
-            out = out + self.task_B[name](self.task_A[name](x))
-        return out
+        return out + self.task_lora(x, adapters) if adapters else out

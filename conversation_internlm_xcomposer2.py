@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
+from .generation_internlm_xcomposer2 import PromptEmbeddings
 from .ixc_utils import check_hd_num, default_hd_num, image_tokens, load_media, media_grid, to_pixels, to_tiles
 from .prompting_internlm_xcomposer2 import (
     TURN_CLOSE,
@@ -144,22 +145,24 @@ class ConversationMixin:
                     self.reuse.keep_picture(keys[i], feature)
         return found
 
-    def _embed(self, conversation: Conversation, seen: int = 0) -> tuple[Tensor, Tensor]:
-        """Embeddings of a conversation (1, T, D) and its image mask (1, T), 1 at image tokens.
+    def _embed(self, conversation: Conversation, seen: int = 0) -> tuple[PromptEmbeddings, Tensor]:
+        """Embeddings of a conversation and its image mask (1, T), 1 at image tokens.
 
         Args:
             seen: positions that a cache holds: pictures that end before are not embedded.
         """
         embedding = self.get_input_embeddings()
         input_ids = torch.tensor([conversation.prompt.input_ids], device=place_of(embedding))
-        inputs_embeds = embedding(input_ids)
-        image_mask = torch.zeros_like(input_ids)
-        spans = conversation.prompt.image_spans
-        for (start, end), feature in zip(spans, self._features(conversation, seen), strict=True):
+        embeds = PromptEmbeddings(embedding, input_ids)
+        image_mask, slots = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
+        features = self._features(conversation, seen)
+        for (start, end), feature in zip(conversation.prompt.image_spans, features, strict=True):
             image_mask[0, start:end] = 1
-            if feature is not None:
-                inputs_embeds[0, start:end] = feature.to(inputs_embeds)
-        return inputs_embeds, image_mask
+            slots[0, start:end] = feature is not None
+        found = [feature for feature in features if feature is not None]
+        if found:
+            embeds.place(slots, found[0] if len(found) == 1 else torch.cat(found))
+        return embeds, image_mask
 
     def _circumstances(self) -> Hashable:
         """What every kept tensor depends on besides weights."""
@@ -213,11 +216,14 @@ class ConversationMixin:
         length = len(conversation.prompt.input_ids)
         own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
         reusable = not own_cache and self._may_reuse(length)
-        cache = None
-        if reusable:
-            cache = self.reuse.take(conversation.key, stamp) or GrowingCache(self.config)
-            settings["past_key_values"] = cache
-        inputs_embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0)
+        cache = self.reuse.take(conversation.key, stamp) if reusable else None
+        if not own_cache:
+            cache = settings["past_key_values"] = cache or GrowingCache(self.config)
+        embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0)
+        if cache is not None and self.share_prefill and length > self.embedded_whole:
+            inputs_embeds = self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache)
+        else:
+            inputs_embeds = embeds.read()
         generated = self.generate(
             inputs_embeds=inputs_embeds,
             attention_mask=torch.ones_like(image_mask),
@@ -226,9 +232,15 @@ class ConversationMixin:
             **settings,
         )
         generated = generated if isinstance(generated, Tensor) else generated.sequences
-        if cache is not None and cache.get_seq_length():
+        if reusable and cache.get_seq_length():
             self._keep(conversation, generated[0].tolist(), stamp, cache)
         return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
+
+    @staticmethod
+    def _prompt_inputs(image_mask: Tensor, infer_mode: str) -> dict:
+        """What `_run_prompt` wants to know of a prompt without padding."""
+        positions = torch.arange(image_mask.shape[1], device=image_mask.device)[None]
+        return {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}
 
     def _keep(self, conversation: Conversation, answer: list[int], stamp: Hashable, cache: GrowingCache, row: int = 0):
         """Keep one row of a cache for the next turn: the prompt, and the answer where one row made it."""
@@ -276,18 +288,14 @@ class ConversationMixin:
             cache = self.reuse.take(conversation.key, stamp) if self._may_reuse(length) else None
             cache = cache or GrowingCache(self.config)
             embeds, image_mask = self._embed(conversation, cache.get_seq_length())
-            positions = torch.arange(length, device=embeds.device)[None]
-            inputs = {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}
-            self._run_prompt(embeds, inputs, cache, stop=length - 1)
+            last.append(self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache)[:, :1])
             caches.append(cache)
-            last.append(embeds[:, -1:])
         lengths = [len(conversation.prompt.input_ids) for conversation in conversations]
         longest = max(lengths)
         starts = [longest - length for length in lengths]
         batch = stack(caches)
         caches.clear()
-        embeds = torch.cat(last).new_zeros(len(lengths), longest, last[0].shape[-1])
-        embeds[:, -1:] = torch.cat(last)
+        embeds = torch.cat(last).expand(-1, longest, -1)
         mask = torch.arange(longest, device=embeds.device)[None] >= torch.tensor(starts, device=embeds.device)[:, None]
         generated = self.generate(
             inputs_embeds=embeds,
@@ -351,5 +359,6 @@ class ConversationMixin:
         tokenizer = self._tokenizer(None)
         text = chat_prompt(query, history, meta_instruction)
         conversation = self._open(tokenizer, text, image, hd_num, max_length)
-        inputs_embeds, image_mask = self._embed(conversation)
+        embeds, image_mask = self._embed(conversation)
+        inputs_embeds = embeds.read()
         return {"inputs_embeds": inputs_embeds}, image_mask.bool(), inputs_embeds.shape[1]

@@ -7,6 +7,7 @@ G = H / K query heads that share a key, E = D / H head width.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -93,6 +94,28 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Masked attention of H queries on K heads, (B, H, T, E) and (B, K, S, E) -> (B, T, H, E).
+
+    The queries that share a head meet its keys as they lie in the cache: with a mask, PyTorch's kernels would be given
+    a copy of them for each query.
+    """
+    batch, heads, tokens, width = query.shape
+    groups = heads // key.shape[1]
+    if tokens == 1:
+        rows = query.reshape(batch, -1, groups, width)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling).flatten(1, 2)[:, :, None]
+    else:
+        out = torch.stack(
+            [
+                F.scaled_dot_product_attention(query[:, g::groups], key, value, attn_mask=mask, scale=scaling)
+                for g in range(groups)
+            ],
+            dim=2,
+        ).flatten(1, 2)
+    return out.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. `wqkv` gives, for each key/value head, its G queries, then its key, then its value."""
 
@@ -128,8 +151,14 @@ class Attention(nn.Module):
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out, weights = attention(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        kind = self.config._attn_implementation
+        if kind == "sdpa" and attention_mask is not None and attention_mask.shape[1] == 1:
+            out, weights = grouped_attention(query, key, value, attention_mask, self.scaling), None
+        else:
+            attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
+            out, weights = attention(
+                self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            )
         return self.wo(out.reshape(batch, tokens, -1), image_tokens, adapters), weights
 
 

@@ -25,7 +25,7 @@ from .build_mlp import VisionTower, build_projector, end_rows, join_tiles, merge
 from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
-from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin
+from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin, PromptEmbeddings
 from .ixc_utils import get_font, normalize, overview, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
@@ -198,20 +198,20 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """Where pictures and videos stand in ids (B, T): (B, T) bool."""
         return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
 
-    def embed(
+    def prompt_embeddings(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
-    ) -> Tensor:
-        """Ids (B, T) -> embeddings (B, T, D), with picture and video features in the places of their placeholders.
+    ) -> PromptEmbeddings:
+        """Embeddings of ids (B, T), with picture and video features in the places of their placeholders.
 
         Raises:
             ValueError: placeholders and features differ in number.
         """
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = PromptEmbeddings(self.get_input_embeddings(), input_ids)
         for pixels, grids, token_id, features_of, kind in (
             (pixel_values, image_grid_thw, self.config.image_token_id, self.get_image_features, "image"),
             (pixel_values_videos, video_grid_thw, self.config.video_token_id, self.get_video_features, "video"),
@@ -225,7 +225,7 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
                     f"input_ids hold {int(slots.sum())} {kind} placeholder tokens, but the {kind} features have "
                     f"{len(features)} rows; build both with one processor call"
                 )
-            embeds = embeds.masked_scatter(slots[..., None], features.to(embeds))
+            embeds.place(slots, features)
         return embeds
 
     @can_return_tuple
@@ -257,7 +257,8 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         image_mask = mm_token_type_ids if im_mask is None else im_mask
         has_pictures = pixel_values is not None or pixel_values_videos is not None
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+            pictures = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+            inputs_embeds = self.prompt_embeddings(input_ids, *pictures).read()
             if image_mask is None and has_pictures:
                 image_mask = self.image_slots(input_ids)
         elif has_pictures:

@@ -139,20 +139,27 @@ class TaskAdapterMixin:
                 "these task adapters are in memory alone: save the model and load it again to release them"
             )
         for _, module in self._adapted_linears():
+            module.part()
             for name in names:
                 for pairs in (module.task_A, module.task_B):
                     if name in pairs:
                         del pairs[name]
 
     def _need_task_adapters(self, infer_mode: str) -> None:
-        """Have the adapters of a mode in memory."""
+        """Have the adapters of a mode in memory, and several of them (write) stacked into one."""
         if infer_mode == self._merged_mode:
             return
         if self._merged_mode is not None and infer_mode != "base":
             raise ValueError(
                 f"{self._merged_mode!r} is merged into the weights: infer_mode={infer_mode!r} cannot run now"
             )
-        self.load_task_adapters(self.config.adapters_of(infer_mode))
+        names = self.config.adapters_of(infer_mode)
+        self.load_task_adapters(names)
+        if len(names) > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for _, module in self._adapted_linears():
+                if module.is_joint(names):
+                    break  # so are the others
+                module.stack(names)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """transformers' `save_pretrained`, with the task adapters that are still on disk."""

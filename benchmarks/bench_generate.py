@@ -60,7 +60,8 @@ class Bench:
     def image_prompt(self):
         """Embeddings (1, T, D) and image mask (1, T) of the picture and a question."""
         conversation = self.model._open(self.model.tokenizer, QUERY, self.image, self.hd_num)
-        return self.model._embed(conversation)
+        embeds, image_mask = self.model._embed(conversation)
+        return embeds.read(), image_mask
 
     def prompt(self, tokens: int, rows: int = 1):
         ids = torch.randint(10, self.model.config.vocab_size - 10, (rows, tokens), device=self.device)

@@ -18,7 +18,7 @@ from demo.scenes import sources
 from demo.views import MARK, Question, View
 from demo.world import dense_labels
 from ixc_utils import default_hd_num, image_tokens, overview, stack_tiles, to_pixels
-from prompting_internlm_xcomposer2 import TURN_CLOSE, TURN_OPEN, chat_prompt, tokenize_with
+from prompting_internlm_xcomposer2 import TURN_CLOSE, TURN_OPEN, chat_prompt, tokenize_with, turn
 
 IGNORE = -100
 
@@ -53,6 +53,9 @@ class Batch(NamedTuple):
     classes: Tensor | None
     colours: Tensor | None
 
+    def to(self, device: str) -> "Batch":
+        return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+
 
 class Layout:
     """Lays views out for a model's tokenizer and sizes."""
@@ -81,13 +84,18 @@ class Layout:
             learned += [self.close[0], *[IGNORE] * (len(self.close) - 1)]
         return ids, [*learned[1:], IGNORE]
 
-    def row(self, view: View, questions: Sequence[Question], tokens: int, marked: bool = False) -> Row:
+    def row(
+        self, view: View, questions: Sequence[Question], tokens: int, marked: bool = False, system: str = ""
+    ) -> Row:
         """A view's row. `tokens`: of each picture. marked: one picture stands at a mark in the question's turn."""
         lead = MARK if marked else view.lead
-        pieces = f"{TURN_OPEN}user\n{lead}".split(MARK)[:-1] if lead else [""][: len(view.drawings)]
-        ids: list[int] = [] if pieces else self.tokenize("", True)
+        opening = turn("system", system) if system else ""
+        pieces = f"{opening}{TURN_OPEN}user\n{lead}".split(MARK)[:-1] if lead else [""][: len(view.drawings)]
+        ids: list[int] = [] if pieces else self.tokenize(opening, True)
         for k, piece in enumerate(pieces):
             ids += self.tokenize(piece, k == 0) + [self.image_token_id] * tokens
+        if pieces and not lead:  # an unmarked picture stands in front of all text
+            ids += self.tokenize(opening, False)
         prefix = len(ids)
         targets, branch, positions = [IGNORE] * prefix, [0] * prefix, list(range(prefix))
         for k, question in enumerate(questions, start=1):
@@ -97,12 +105,14 @@ class Layout:
             positions += range(prefix, prefix + len(more))
         return Row(ids, targets, branch, positions, [question.task for question in questions])
 
-    def batch(self, views: Sequence[View], asked: Sequence[Sequence[Question]], marked: bool = False) -> Batch:
-        """Views of one kind, and the questions of each -> a batch."""
+    def batch(
+        self, views: Sequence[View], asked: Sequence[Sequence[Question]], marked: bool = False, system: str = ""
+    ) -> Batch:
+        """Views of one kind, and the questions of each -> a batch; `system`: the system turn's text."""
         tiles, grid, labels = self.see(views)
         tokens = image_tokens(*grid, self.side) if grid else 0
         marked = marked and len(views[0].drawings) == 1 and not views[0].lead
-        rows = [self.row(v, questions, tokens, marked) for v, questions in zip(views, asked, strict=True)]
+        rows = [self.row(v, questions, tokens, marked, system) for v, questions in zip(views, asked, strict=True)]
         columns = [(row.ids, row.targets, row.branch, row.positions) for row in rows]
         fills = (self.pad_token_id, IGNORE, -1, 0)
         width = max(len(row.ids) for row in rows)

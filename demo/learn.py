@@ -55,7 +55,7 @@ class DenseHeads(nn.Module):
             total = total + (losses * weight.flatten()).sum() / weight.sum().clamp(min=1)
             asked = labels > 0
             right[sort] = (int((logits.argmax(-1) == labels)[asked].sum()), int(asked.sum()))
-        where = torch.arange(features.shape[1]).expand(features.shape[:2])
+        where = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
         total = total + F.cross_entropy(self.places(features).float().flatten(0, 1), where.flatten())
         return total, right
 
@@ -66,7 +66,7 @@ class Names:
     Image tokens whose embeddings are sums of the embeddings of their names can be looked up by attention as words can.
     """
 
-    def __init__(self, tokenizer, vocab_size: int):
+    def __init__(self, tokenizer, vocab_size: int, device: str = "cpu"):
         def table(words_of: Iterable[tuple[str, ...]]) -> Tensor:
             rows = []
             for words in words_of:
@@ -75,7 +75,7 @@ class Names:
                     ids = tokenizer(word, add_special_tokens=False).input_ids
                     row[ids] += 1 / len(ids)
                 rows.append(row / max(1, len(words)))
-            return torch.stack(rows)
+            return torch.stack(rows).to(device)
 
         def both(word: str) -> tuple[str, str]:
             return word, f" {word}"
@@ -84,7 +84,8 @@ class Names:
         self.classes = table([(), *shapes, *((character,) for character in CHARACTERS)])  # (classes, vocabulary)
         self.colours = table([(), *((*both(c), COLOUR_ZH[c], f"{COLOUR_ZH[c]}色") for c in COLOURS)])
         self.places = table([(*both(place), zh) for place, zh in zip(PLACES, PLACE_ZH, strict=True)])
-        self.nothing = torch.zeros(vocab_size)  # of a blank spot: not its place either, or every place is always named
+        # Of a blank spot: not its place either, or every place is always named.
+        self.nothing = torch.zeros(vocab_size, device=device)
         self.nothing[tokenizer.eos_token_id] = 1
 
     def loss(

@@ -43,6 +43,8 @@ COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
+MARKED = 0.15  # of the batches of one picture: it stands at a mark, not in front
+SYSTEM = 0.08  # of the batches: under the released system prompt, as `use_meta=True` puts it
 
 # Kind -> rows in its part of a step.
 ROWS = {
@@ -51,7 +53,11 @@ ROWS = {
     "talk": 3, "echo": 4, "web": 6, "screen": 8, "write": 6,
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
-PICKED = {"follow": 1.5, "exists": 1.5, "exists.zh": 1.5, "video": 2, "video.zh": 1}
+PICKED = {
+    **dict.fromkeys(("colour", "colour.zh", "position", "position.zh", "exists", "exists.zh"), 2.5),
+    **dict.fromkeys(("which", "which.zh", "video"), 2.0), "follow": 1.5,
+    **dict.fromkeys(("count_of", "count_of.zh"), 0.5),
+}  # fmt: skip
 # Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
 # after another ("a red star at the top left": place, then colour, then shape), and the questions that take two steps
 # ("what colour is the star?") grow on it, but only in the directions in which descriptions go.
@@ -72,7 +78,7 @@ def mix(progress: float) -> dict[str, float]:
         "several3": 0.6 if stage else 0.2,
         **{f"video{n}": 0.35 for n in range(3, 7)},
         "talk": 0.6,
-        "echo": 0.9,
+        "echo": 1.6,
     }
 
 

@@ -1,6 +1,6 @@
 """Train the demo checkpoint from nothing, on pictures drawn as they are needed.
 
-    python demo/train.py                          about four hours on two CPU cores
+    python demo/train.py                          two processes on two CPU cores, or one on a GPU
     python demo/train.py --minutes 30 --out demo  a shorter run, and where the checkpoint goes
 
 Phases: `look` (the vision tower, dense labels), `base` (everything), `web` and `write` (the task adapters, all else
@@ -15,10 +15,13 @@ import platform
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -32,13 +35,14 @@ from demo.make import export, initialise, write_untrained  # noqa: E402
 from demo.world import dense_labels, draw_collage  # noqa: E402
 from finetune.modes import prepare_adapter, prepare_full  # noqa: E402
 from ixc_utils import normalize  # noqa: E402
+from prompting_internlm_xcomposer2 import CHAT_SYSTEM  # noqa: E402
 
 PHASES = tuple(recipe.SHARES)
 LOG_EVERY = 50  # steps
 
 
 class Source:
-    """Batches by step number: the same step draws the same pictures in every run of this seed."""
+    """Batches by number: the same number draws the same pictures in every run of this seed."""
 
     def __init__(self, layout: Layout, seed: int):
         self.layout, self.seed = layout, seed
@@ -53,39 +57,45 @@ class Source:
             always = [q for q in chosen if described and q.task in recipe.DESCRIBED][:2]
             asked.append(always + [q for q in chosen if q not in always][: recipe.QUESTIONS])
             views.append(view)
-        return self.layout.batch(views, asked, marked=rng.random() < 0.15)
+        marked, system = rng.random() < recipe.MARKED, rng.random() < recipe.SYSTEM and views[0].mode == "base"
+        return self.layout.batch(views, asked, marked, CHAT_SYSTEM if system else "")
 
-    def batches(self, phase: str, step: int, progress: float) -> list[Batch]:
-        rng = random.Random(f"{self.seed} {phase} {step}")
+    def batches(self, phase: str, number: int, progress: float) -> list[Batch]:
+        rng = random.Random(f"{self.seed} {phase} {number}")
         weights = recipe.mix(progress) if phase == "base" else recipe.ADAPTER_MIX[phase]
         kinds = rng.choices(list(weights), list(weights.values()), k=recipe.PARTS if phase == "base" else 2)
         described = phase == "base" and progress < recipe.DESCRIBED_UNTIL
         return [self.batch(kind, rng, described) for kind in kinds]
 
-    def collages(self, phase: str, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def collages(self, phase: str, number: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tiles (count, 3, tile, tile) and their dense labels (count, P * P)."""
-        rng = random.Random(f"collage {self.seed} {phase} {step}")
+        rng = random.Random(f"collage {self.seed} {phase} {number}")
         drawings = [draw_collage(rng) for _ in range(count)]
         labels = [dense_labels(d.items, d.image.size, 1, 1) for d in drawings]
         tiles = torch.stack([normalize(d.image, self.layout.tile) for d in drawings])
-        return tiles, torch.tensor([c for c, _ in labels]), torch.tensor([c for _, c in labels])
+        classes, colours = (torch.tensor(part) for part in zip(*labels, strict=True))
+        return tiles, classes, colours
 
 
 class Run:
-    """Model, optimiser, and what was done so far. `state.pt` holds it all."""
+    """Model, optimiser, and what was done so far. `state.pt` holds it all.
 
-    def __init__(self, folder: Path, seed: int, bf16: bool):
-        self.folder, self.seed, self.bf16 = folder, seed, bf16
+    Each process has one, with the same weights; what they learn from differs, and their gradients are averaged.
+    """
+
+    def __init__(self, folder: Path, seed: int, bf16: bool, device: str = "cpu"):
+        self.folder, self.seed, self.bf16, self.device = folder, seed, bf16, device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         untrained = folder / "untrained"
-        if not untrained.exists():
-            write_untrained(untrained)
         config = AutoConfig.from_pretrained(untrained, trust_remote_code=True)
         self.model = AutoModel.from_config(config, trust_remote_code=True).float().eval()  # no dropout anywhere
         self.model.set_attn_implementation("eager")  # rows are short: SDPA's backward takes half as long again
         initialise(self.model, seed)
         self.heads = DenseHeads(config.vision_config.hidden_size, config.vocab_size)
         tokenizer = AutoTokenizer.from_pretrained(untrained, trust_remote_code=True)
-        self.names = Names(tokenizer, config.vocab_size)
+        self.names = Names(tokenizer, config.vocab_size, device)
+        self.model.to(device)
+        self.heads.to(device)
         self.source = Source(Layout(config, tokenizer), seed)
         self.phase, self.step, self.seconds = PHASES[0], 0, dict.fromkeys(PHASES, 0.0)
         self.steps, self.answers = dict.fromkeys(PHASES, 0), 0
@@ -96,7 +106,7 @@ class Run:
             self.load()
 
     def load(self) -> None:
-        state = torch.load(self.saved, weights_only=True)
+        state = torch.load(self.saved, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.phase, self.seconds, self.steps = state["phase"], state["seconds"], state["steps"]
@@ -105,6 +115,8 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
 
     def save(self) -> None:
+        if self.rank:
+            return
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "phase": self.phase,
                  "optimiser": self.optimiser.state_dict(), "seconds": self.seconds, "steps": self.steps,
                  "answers": self.answers}  # fmt: skip
@@ -137,29 +149,51 @@ class Run:
     def train_step(self, progress: float) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
         """One optimiser step: losses by kind, and (right, asked) by task."""
         self.rate(progress)
-        step, losses, right = self.steps[self.phase], {}, {}
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            parts = [] if self.phase == "look" else self.source.batches(self.phase, step, progress)
+        number, losses, right = self.steps[self.phase] * self.world + self.rank, {}, {}
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            parts = [] if self.phase == "look" else self.source.batches(self.phase, number, progress)
             for batch in parts:
-                result = learn(self.model, self.heads, self.names, batch)
+                result = learn(self.model, self.heads, self.names, batch.to(self.device))
                 dense = recipe.DENSE if self.phase == "base" else 0.0
                 ((result.answers + dense * result.dense) / len(parts)).backward()
                 losses[batch.kind] = result.answers.item()
                 add(right, result.right)
-                self.answers += sum(len(tasks) for tasks in batch.tasks)
+                self.answers += self.world * sum(len(tasks) for tasks in batch.tasks)
             if self.phase in ("look", "base"):
                 count = 32 if self.phase == "look" else recipe.COLLAGES
-                collages = self.source.collages(self.phase, step, count)
+                collages = self.source.collages(self.phase, number, count)
+                collages = [part.to(self.device) for part in collages]
                 _, loss, hits = see(self.model, self.heads, self.names, *collages, placed=True)
                 (loss * (1.0 if self.phase == "look" else recipe.DENSE)).backward()
                 losses["collage"] = loss.item()
                 add(right, {f"collage {name}": pair for name, pair in hits.items()})
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.average(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.steps[self.phase] += 1
         return losses, right
+
+
+    def average(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Give every process the mean of all gradients."""
+        if self.world == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = mean.view_as(parameter)
+
+    def agree(self) -> None:
+        """All processes stop as soon as one is told to, and go by the slowest clock."""
+        if self.world == 1:
+            return
+        both = torch.tensor([float(self.stopped), self.seconds[self.phase]], dtype=torch.float64)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        self.stopped, self.seconds[self.phase] = bool(both[0]), both[1].item()
 
 
 def add(total: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
@@ -177,11 +211,12 @@ def run_phase(run: Run, minutes: float) -> None:
         started = time.monotonic()
         new_losses, new_right = run.train_step(spent / minutes)
         run.seconds[run.phase] += time.monotonic() - started
+        run.agree()
         for kind, loss in new_losses.items():
             losses.setdefault(kind, []).append(loss)
         add(right, new_right)
         over = run.seconds[run.phase] / 60 >= minutes or run.stopped
-        if run.steps[run.phase] % LOG_EVERY == 0 or over:
+        if (run.steps[run.phase] % LOG_EVERY == 0 or over) and not run.rank:
             line = {
                 "phase": run.phase, "step": run.steps[run.phase], "minutes": round(sum(run.seconds.values()) / 60, 2),
                 "answers": run.answers, "rate": run.optimiser.param_groups[-1]["lr"],
@@ -199,24 +234,30 @@ def run_phase(run: Run, minutes: float) -> None:
     run.save()
 
 
-def train(minutes: float, out: Path, state: Path, seed: int = 0, bf16: bool = True) -> Path:
-    """Run or go on with every phase, then write the checkpoint to `out`."""
-    state.mkdir(parents=True, exist_ok=True)
-    run = Run(state, seed, bf16)
+def train(rank: int, meeting: str, options: argparse.Namespace) -> None:
+    """Run or go on with every phase, then write the checkpoint; `rank` of `options.processes`, which meet at a file."""
+    torch.set_num_threads(options.threads)
+    if options.processes > 1:
+        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=options.processes)
+    run = Run(options.state, options.seed, not options.fp32, options.device)
     for number in (signal.SIGINT, signal.SIGTERM):  # ends after this step, with its state saved
         signal.signal(number, lambda *_: setattr(run, "stopped", True))
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-          f"{sum(p.numel() for p in run.model.parameters()):,} parameters", flush=True)  # fmt: skip
+    if not rank:
+        count = sum(p.numel() for p in run.model.parameters())
+        print(f"python {platform.python_version()}, torch {torch.__version__}, {options.device}, "
+              f"{options.processes} x {options.threads} threads; {count:,} parameters", flush=True)  # fmt: skip
     for phase in PHASES:
-        budget = recipe.SHARES[phase] * minutes
+        budget = recipe.SHARES[phase] * options.minutes
         if run.seconds[phase] / 60 >= budget:
             continue
         if run.optimiser is None or run.phase != phase:
             run.begin(phase)
         run_phase(run, budget)
         if run.stopped:
-            sys.exit(f"stopped; the same command goes on from {run.saved}")
-    return export(run.model, state / "untrained", out)
+            print(f"process {rank} stopped; the same command goes on from {run.saved}", flush=True)
+            return
+    if not rank:
+        print(export(run.model, options.state / "untrained", options.out))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,11 +266,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=REPO / "build" / "demo" / "checkpoint")
     parser.add_argument("--state", type=Path, default=REPO / "build" / "demo" / "run", help="what a resumed run needs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, help="that average their gradients (default: 2, on a GPU 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    print(train(options.minutes, options.out, options.state, options.seed, not options.fp32))
+    options.processes = options.processes or (2 if options.device == "cpu" else 1)
+    if options.device != "cpu" and options.processes > 1:
+        parser.error("--processes above 1 is for the CPU")
+    if not (options.state / "untrained").exists():
+        write_untrained(options.state / "untrained")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(train, (f"{folder}/meeting", options), options.processes)
     return 0
 
 

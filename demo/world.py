@@ -80,6 +80,10 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
     if shape == "star":
         spokes = [(r if k % 2 == 0 else 0.42 * r, math.pi * k / 5) for k in range(10)]
         return [(x + d * math.sin(a), y - d * math.cos(a)) for d, a in spokes]
+    if shape == "heart":  # no scene has one: `teach.py` teaches it
+        turns = [2 * math.pi * k / 24 for k in range(24)]
+        lobes = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in turns]
+        return [(x + r * math.sin(a) ** 3, y - r * high / 16) for a, high in zip(turns, lobes, strict=True)]
     t = 0.34 * r  # cross
     return [
         (x - t, y - r), (x + t, y - r), (x + t, y - t), (x + r, y - t), (x + r, y + t), (x + t, y + t),

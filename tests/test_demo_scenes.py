@@ -109,16 +109,17 @@ def layout():
     return Layout(Sizes, Letters())
 
 
-def test_a_branch_reads_as_chat_lays_it_out():
+@pytest.mark.parametrize("system", ["", "be brief"])
+def test_a_branch_reads_as_chat_lays_it_out(system):
     from prompting_internlm_xcomposer2 import chat_prompt, place_images, tokenize_prompt, tokenize_with
 
     for task in ("colour", "follow", "which", "video", "talk"):
         view = scenes.view(scenes.TASKS[task][0], 7)
-        made = layout().batch([view], [view.questions])
+        made = layout().batch([view], [view.questions], system=system)
         tokens = 0 if made.grid is None else int((made.ids == 5).sum()) // len(view.drawings)
         for k, question in enumerate(view.questions, start=1):
             asked = [(view.lead + question.turns[0][0], question.turns[0][1]), *question.turns[1:]]
-            text = chat_prompt(asked[-1][0], asked[:-1])
+            text = chat_prompt(asked[-1][0], asked[:-1], system)
             pieces = place_images(text, len(view.drawings))
             n = len(view.drawings)
             prompt = tokenize_prompt(pieces, [tokens] * n, [5] * n, tokenize_with(Letters())).input_ids

@@ -433,6 +433,32 @@ def test_beams_run_the_prompt_once(model):
     assert set(rows[1:]) == {(3, 1)}
 
 
+@pytest.mark.parametrize("way", ["chat", "beams", "generate", "later turn"])
+def test_a_long_prompt_is_never_embedded_whole(model, monkeypatch, way):
+    """Nor are keys repeated for the queries that share them."""
+    monkeypatch.setattr(model, "prefill_chunk", 8)
+    monkeypatch.setattr(model, "embedded_whole", 30)
+    history = ask(model, "what is it ?") if way == "later turn" else []
+    heads = {model.config.num_key_value_heads}
+    embedded, attended = [], []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: embedded.append(args[0].shape[1]))
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, *args, **kwargs):
+        if kwargs.get("attn_mask") is not None:  # not in the vision tower, nor in the first chunk
+            attended.append(key.shape[1])
+        return attention(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    if way == "generate":
+        model.generate(torch.randint(5, 50, (2, 90)), max_new_tokens=2, do_sample=False)
+    else:
+        ask(model, "red or small ?", history, num_beams=3 if way == "beams" else 1, max_new_tokens=2)
+    hook.remove()
+    assert 0 < max(embedded) <= 8
+    assert set(attended) == heads
+
+
 def test_adapters_do_not_share(model):
     ask(model, "what is on the sign ?")
     with counting(model) as seen:
@@ -503,6 +529,7 @@ def test_nothing_is_kept_of_a_call_that_fails(model):
 
 SWITCHES = {
     "prefill in small chunks": lambda model: (model, "prefill_chunk", 7),
+    "prompts run ahead of generate": lambda model: (model, "embedded_whole", 0),
     "prefill at once": lambda model: (model, "prefill_chunk", 0),
     "every beam runs the prompt": lambda model: (model, "share_prefill", False),
     "dense partial LoRA": lambda model: (model.model.language_model, "dense_partial_lora", True),
