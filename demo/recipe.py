@@ -55,13 +55,13 @@ ROWS = {
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {
     **dict.fromkeys(("colour", "colour.zh", "position", "position.zh", "exists", "exists.zh"), 2.5),
-    **dict.fromkeys(("which", "which.zh", "video"), 2.0), "follow": 1.5,
-    **dict.fromkeys(("count_of", "count_of.zh"), 0.5),
+    **dict.fromkeys(("which", "which.zh", "video"), 2.0), "follow": 1.5, "list": 4.0, "list.zh": 4.0,
+    **dict.fromkeys(("count_of", "count_of.zh", "places", "places.zh"), 0.5),
 }  # fmt: skip
 # Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
 # after another ("a red star at the top left": place, then colour, then shape), and the questions that take two steps
 # ("what colour is the star?") grow on it, but only in the directions in which descriptions go.
-DESCRIBED, DESCRIBED_UNTIL = ("caption", "caption.zh", "list", "list.zh"), 0.6
+DESCRIBED, DESCRIBED_UNTIL = ("caption", "caption.zh", "list", "list.zh", "places", "places.zh"), 0.6
 
 
 def mix(progress: float) -> dict[str, float]:

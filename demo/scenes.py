@@ -39,7 +39,7 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
 TASKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("talk", "identity", "next"), ("talk",)),
     "repeat": ("echo",),
-    **dict.fromkeys(("shape", "colour", "position", "what", "exists", "caption", "list"), ("shapes",)),
+    **dict.fromkeys(("shape", "colour", "position", "what", "exists", "caption", "list", "places"), ("shapes",)),
     **dict.fromkeys(("count", "count_of", "more"), ("crowd",)),
     "follow": ("shapes",),
     "read12": ("read1", "read2"),
@@ -52,8 +52,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "article": ("write",),
 }
 CHINESE = (
-    "shape", "colour", "position", "what", "exists", "caption", "list", "count", "count_of", "more", "read12", "read35",
-    "tiles", "which", "what_of", "video", "first", "last", "frames", "next", "repeat",
+    "shape", "colour", "position", "what", "exists", "caption", "list", "places", "count", "count_of", "more", "read12",
+    "read35", "tiles", "which", "what_of", "video", "first", "last", "frames", "next", "repeat",
 )  # fmt: skip
 TASKS.update({f"{task}.zh": TASKS[task] for task in CHINESE})
 

@@ -3,8 +3,8 @@
     python demo/teach.py            draws, asks, trains for some minutes on two cores, asks again
     python demo/teach.py --out DIR  where the pictures, the rows and the LoRA go (default: build/teach)
 
-The training is `finetune/finetune.py`'s, on rows any other trainer could read; half of them have no heart in the picture,
-so that the old shapes stay.
+The training is `finetune/finetune.py`'s, on rows any other trainer could read; half of them have no heart in the
+picture, so that the old shapes stay.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from demo.world import COLOURS, SHAPES, Thing, draw_things  # noqa: E402
 NEW = "heart"
 SETTINGS = [
     "--mode", "lora", "--lora_rank", "16", "--lora_alpha", "32", "--lora_dropout", "0", "--learning_rate", "2e-3",
-    "--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--hd_num", "1", "--bf16", "--logging_steps", "20",
-    "--save_strategy", "no", "--report_to", "none", "--use_cpu",
+    "--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--hd_num", "1", "--bf16",
+    "--logging_steps", "20", "--save_strategy", "no", "--report_to", "none",
 ]  # fmt: skip
 
 
@@ -81,9 +81,8 @@ def ask(folder: Path, adapter: Path | None, count: int) -> dict[str, float]:
         model = PeftModel.from_pretrained(model, adapter).eval()
     rng = random.Random("asked")
     asked = [(f"heart: {q.task}", view, q) for view in (hearts(rng) for _ in range(count)) for q in view.questions]
-    asked += [
-        (f"old: {task}", None, scenes.scene(task, scenes.EVAL_SEEDS[k])) for task in ("shape", "what") for k in range(count)
-    ]
+    for task in ("shape", "what"):
+        asked += [(f"old: {task}", None, scenes.scene(task, scenes.EVAL_SEEDS[k])) for k in range(count)]
     right: dict[str, list[bool]] = {}
     for start in range(0, len(asked), 25):
         part = asked[start : start + 25]
@@ -107,8 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     before = ask(options.model, None, options.count)
     data = write_rows(options.out / "pictures", options.rows, options.seed)
     lora = options.out / "lora"
-    command = [sys.executable, str(REPO / "finetune" / "finetune.py"), "--model", str(options.model), "--data", str(data)]
-    subprocess.run([*command, "--output_dir", str(lora), "--seed", str(options.seed), *SETTINGS], check=True)
+    given = ["--model", str(options.model), "--data", str(data), "--output_dir", str(lora), "--seed", str(options.seed)]
+    subprocess.run([sys.executable, str(REPO / "finetune" / "finetune.py"), *given, *SETTINGS], check=True)
     after = ask(options.model, lora, options.count)
     print("\n| right, of 100 | before | after |\n|---|---|---|")
     for name in before:

@@ -128,14 +128,18 @@ def caption(things: list[Thing]) -> list[Question]:
 
 
 def listing(things: list[Thing]) -> list[Question]:
-    """The same as the caption in other orders, so that shape and place, too, are what something is looked up by."""
-    by_shape = "; ".join(f"{t.shape}: {t.colour}, {PLACES[t.place]}" for t in things)
+    """The same as the caption in other orders, so that shape and place, too, are what something is looked up by.
+
+    Shapes come in the order of `SHAPES`: in reading order, the next place would say what the shape should.
+    """
+    sorted_things = sorted(things, key=lambda t: SHAPES.index(t.shape))
+    by_shape = "; ".join(f"{t.shape}: {t.colour}, {PLACES[t.place]}" for t in sorted_things)
     by_place = "; ".join(f"{PLACES[t.place]}: {t.shape}, {t.colour}" for t in things)
-    shape_zh = "；".join(f"{SHAPE_ZH[t.shape]}：{COLOUR_ZH[t.colour]}色，{PLACE_ZH[t.place]}" for t in things)
+    shape_zh = "；".join(f"{SHAPE_ZH[t.shape]}：{COLOUR_ZH[t.colour]}色，{PLACE_ZH[t.place]}" for t in sorted_things)
     place_zh = "；".join(f"{PLACE_ZH[t.place]}：{SHAPE_ZH[t.shape]}，{COLOUR_ZH[t.colour]}色" for t in things)
     return [
         *both("list", ("List the shapes.", by_shape), ("列出形状。", shape_zh)),
-        *both("list", ("List the places.", by_place), ("列出位置。", place_zh)),
+        *both("places", ("List the places.", by_place), ("列出位置。", place_zh)),
     ]
 
 

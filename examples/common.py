@@ -64,6 +64,11 @@ def check_folder(folder: Path) -> None:
             f"{folder} {what}. `make build/tiny` makes a tiny random model to try things with; for released weights on "
             f"disk, `python tools/adopt.py FOLDER` puts this code beside them. Then pass --model FOLDER."
         )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise SystemExit(
+            f"{folder} has no weights (*.safetensors or *.bin). The demo's come with the repo, `git checkout {folder}` "
+            f"brings them back, and `python demo/train.py --out {folder}` makes new ones; a release's are downloaded."
+        )
     if not (folder / "chat_internlm_xcomposer2.py").is_file():
         raise SystemExit(
             f"{folder} holds a model, but not this repo's code. `python tools/adopt.py {folder}` puts it there."

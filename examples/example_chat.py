@@ -3,8 +3,9 @@
     python examples/example_chat.py --model FOLDER --image a.jpg b.jpg --text "What differs?"
     python examples/example_chat.py --model FOLDER --video clip.mp4 --text "What happens?" --num_gpus 2
     python examples/example_chat.py --model FOLDER
+    python examples/example_chat.py --model FOLDER --image a.jpg --text "What is it?" --stay
 
-The last one asks for questions. In a question, <img>path-or-url</img> puts a picture or a video at that place; `clear`
+The last two ask for questions. In a question, <img>path-or-url</img> puts a picture or a video at that place; `clear`
 forgets the conversation, `exit` or Ctrl-D leaves. Pictures of earlier turns stay in the conversation.
 """
 
@@ -175,6 +176,7 @@ def parse(argv: Sequence[str] | None):
         parser.add_argument(name, dest="media", nargs="+", action="extend", default=[], metavar="SOURCE",
                             help="paths or URLs; in front of the text, or at its <ImageHere> marks")  # fmt: skip
     parser.add_argument("--text", help="one question; without it, questions are asked for")
+    parser.add_argument("--stay", action="store_true", help="ask for more questions after --text")
     parser.add_argument("--hd_num", type=int, help="most tiles of a picture (default: 24, or 6 each of several)")
     parser.add_argument("--num_frm", type=int, default=32, help="most frames of a video")
     parser.add_argument("--beams", type=int, default=1, help="beam search; its answer comes in one piece")
@@ -204,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         print(one_line(error), file=sys.stderr)
         return 1
+    if args.stay:
+        talk(conversation)
     return 0
 
 
