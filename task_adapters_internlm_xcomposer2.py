@@ -46,6 +46,7 @@ class TaskAdapterMixin:
 
     _adapter_folder: Path | None = None  # where adapters that are not in memory lie
     _merged_mode: str | None = None
+    stack_task_adapters = True  # False: each adapter of the write mode runs for itself
 
     @classmethod
     def from_pretrained(
@@ -157,9 +158,9 @@ class TaskAdapterMixin:
         self.load_task_adapters(names)
         if len(names) > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for _, module in self._adapted_linears():
-                if module.is_joint(names):
+                if module.is_joint(names) == self.stack_task_adapters:
                     break  # so are the others
-                module.stack(names)
+                module.stack(names) if self.stack_task_adapters else module.part()
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """transformers' `save_pretrained`, with the task adapters that are still on disk."""

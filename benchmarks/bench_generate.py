@@ -252,29 +252,17 @@ def caches(bench: Bench) -> dict:
     return {"context": bench.options.context, "ms": result, "floor_ms": 1e3 * bench.step_floor(bench.options.context)}
 
 
-def fuse_write_pairs(model) -> None:
-    """Prototype: the write mode's two pairs as one pair of matmuls, as a further adapter called "fused"."""
-    ranks = model.config.text_config.task_adapter_ranks
-    ranks["fused"] = ranks["sft"] + ranks["dpo"]
-    for _, module in model._adapted_linears():
-        low = torch.cat([module.task_A[name].weight for name in ("sft", "dpo")])
-        high = torch.cat([module.task_B[name].weight for name in ("sft", "dpo")], dim=1)
-        for pairs, weight in ((module.task_A, low), (module.task_B, high)):
-            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            pairs["fused"] = linear
-
-
 def adapters(bench: Bench) -> dict:
     """Decode steps and prefill without adapters, with the write pairs apart, as one pair, and merged."""
     model, tokens = bench.model, bench.options.tokens
-    fuse_write_pairs(model)
     embeds = bench.prompt(512)
-    modes = {"none": "base", "two pairs": "write", "one pair": "fused"}
+    modes = {"none": "base", "two pairs": "write", "one pair": "write"}
     steps: dict[str, list] = {name: [] for name in (*modes, "merged")}
     prefill: dict[str, list] = {name: [] for name in (*modes, "merged")}
 
     def once(name, mode):
+        model.stack_task_adapters = name == "one pair"
+        model._need_task_adapters(mode)
         clock = in_turns({"": lambda: bench.steps(embeds, 2, infer_mode=mode)}, 1, bench.device, warm=0)
         prefill[name] += clock[""]
         steps[name] += bench.steps(embeds, tokens, infer_mode=mode)
@@ -284,9 +272,7 @@ def adapters(bench: Bench) -> dict:
             once(name, modes[name])
         with model.merged_task_adapter("write"):
             once("merged", "write")
-    del model.config.text_config.task_adapter_ranks["fused"]
-    for _, module in model._adapted_linears():
-        del module.task_A["fused"], module.task_B["fused"]
+    model.stack_task_adapters = True
 
     def merge_and_restore():
         with model.merged_task_adapter("write"):

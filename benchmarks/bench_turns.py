@@ -60,9 +60,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--query", type=int, default=100, help="tokens of each question")
+    parser.add_argument("--recomputed", type=int, default=20, help="turns of the conversation without reuse")
     options = parsed(parser)
-    if options.turns < 4:
-        parser.error(f"--turns {options.turns}: the halves of a conversation are compared, take 4 or more")
+    if min(options.turns, options.recomputed) < 4:
+        given = f"--turns {options.turns} --recomputed {options.recomputed}"
+        parser.error(f"{given}: the halves of a conversation are compared, take 4 or more")
     about = environment(options)
     hd_num = HD_NUM[options.preset]
     model = build_model(preset_config(options.preset), options.device, options.torch_dtype)
@@ -80,22 +82,27 @@ def main() -> None:
         seconds_turns.append(two / one)
     ours, ours_whole = run(options.turns)
     with plain(model, "reuse"):
-        recomputed, recomputed_whole = run(options.turns)
+        recomputed, recomputed_whole = run(options.recomputed)
     with plain(model):
         old, _ = run(2)
-    half = options.turns // 2
+
+    def later_over_earlier(first: list[float]) -> float:
+        """Without the first turn, which reads the picture."""
+        half = len(first) // 2
+        return statistics.mean(first[half:]) / statistics.mean(first[1:half])
+
     result = {
         "second_over_first": {"min": min(seconds_turns), "median": statistics.median(seconds_turns), "target": 1 / 20},
         "first_token_s": {"with reuse": ours, "recomputed": recomputed, "plain, two turns": old},
         "second_over_plain_second": ours[1] / old[1],
         "total_s": {"with reuse": sum(ours_whole), "recomputed": sum(recomputed_whole)},
-        # Linear: the later half costs what the earlier half costs (without the first turn, which reads the picture).
+        # Linear: the later half costs what the earlier half costs.
         "later_over_earlier_half": {
-            "with reuse": statistics.mean(ours[half:]) / statistics.mean(ours[1:half]),
-            "recomputed": statistics.mean(recomputed[half:]) / statistics.mean(recomputed[1:half]),
+            "with reuse": later_over_earlier(ours),
+            "recomputed": later_over_earlier(recomputed),
         },
     }
-    numbers = list(range(1, options.turns + 1))
+    numbers, fewer = list(range(1, options.turns + 1)), list(range(1, options.recomputed + 1))
     plot(
         "turns",
         options,
@@ -104,7 +111,7 @@ def main() -> None:
                 "title": "first token of each turn",
                 "x": "turn",
                 "y": "s",
-                "lines": {"with reuse": (numbers, ours), "recomputed": (numbers, recomputed)},
+                "lines": {"with reuse": (numbers, ours), "recomputed": (fewer, recomputed)},
             },
             {
                 "title": "time of the conversation so far",
@@ -112,7 +119,7 @@ def main() -> None:
                 "y": "s",
                 "lines": {
                     "with reuse": (numbers, running_total(ours_whole)),
-                    "recomputed": (numbers, running_total(recomputed_whole)),
+                    "recomputed": (fewer, running_total(recomputed_whole)),
                 },
             },
         ],

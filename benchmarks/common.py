@@ -239,6 +239,19 @@ def eager_attention(model) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def repeated_keys(model) -> Iterator[None]:
+    """Masked attention on a copy of the keys for each query head, as transformers has it."""
+
+    def on_copies(query, key, value, mask, scaling):
+        key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return out.transpose(1, 2)
+
+    with replaced(code("modeling_internlm2"), "grouped_attention", on_copies):
+        yield
+
+
 # Each takes a model and switches one optimisation off.
 SWITCHES: dict[str, Callable] = {
     "reuse": without_reuse,
@@ -248,7 +261,10 @@ SWITCHES: dict[str, Callable] = {
     "partial LoRA on image rows": lambda model: replaced(model.model.language_model, "dense_partial_lora", True),
     "tiles in batches": lambda model: replaced(model.model, "tiles_at_once", 10**9),
     "fused attention": eager_attention,
+    "keys as they lie": repeated_keys,
     "cache in place": copying_cache,
+    "write adapters as one pair": lambda model: replaced(model, "stack_task_adapters", False),
+    "prompts embedded in pieces": lambda model: replaced(model, "embedded_whole", 10**9),
 }
 
 

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 }
 
 # Phase -> its share of the budget in minutes.
-SHARES = {"look": 0.04, "base": 0.88, "web": 0.05, "write": 0.03}
+SHARES = {"look": 0.04, "base": 0.84, "web": 0.08, "write": 0.04}
 RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
