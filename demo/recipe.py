@@ -54,7 +54,8 @@ ROWS = {
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {
-    **dict.fromkeys(("colour", "colour.zh", "position", "position.zh", "exists", "exists.zh"), 2.5),
+    **dict.fromkeys(("position", "position.zh", "exists", "exists.zh"), 2.0),
+    **dict.fromkeys(("exists_shape", "exists_shape.zh", "exists_colour", "exists_colour.zh"), 1.5),
     **dict.fromkeys(("which", "which.zh", "video"), 2.0), "follow": 1.5, "list": 4.0, "list.zh": 4.0,
     **dict.fromkeys(("count_of", "count_of.zh", "places", "places.zh"), 0.5),
 }  # fmt: skip

@@ -40,20 +40,22 @@ TASKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("talk", "identity", "next"), ("talk",)),
     "repeat": ("echo",),
     **dict.fromkeys(("shape", "colour", "position", "what", "exists", "caption", "list", "places"), ("shapes",)),
+    **dict.fromkeys(("exists_shape", "exists_colour"), ("shapes",)),
     **dict.fromkeys(("count", "count_of", "more"), ("crowd",)),
     "follow": ("shapes",),
     "read12": ("read1", "read2"),
     "read35": ("read3", "read4", "read5"),
     "tiles": ("code3x2", "code2x3"),
-    **dict.fromkeys(("which", "what_of"), ("several2", "several3")),
+    **dict.fromkeys(("which", "which_shape", "which_colour", "what_of"), ("several2", "several3")),
     **dict.fromkeys(("video", "first", "last", "frames"), tuple(f"video{n}" for n in range(3, 7))),
     **dict.fromkeys(("html", "resume", "script"), ("web",)),
     "screen": ("screen",),
     "article": ("write",),
 }
 CHINESE = (
-    "shape", "colour", "position", "what", "exists", "caption", "list", "places", "count", "count_of", "more", "read12",
-    "read35", "tiles", "which", "what_of", "video", "first", "last", "frames", "next", "repeat",
+    "shape", "colour", "position", "what", "exists", "exists_shape", "exists_colour", "caption", "list", "places", "count",
+    "count_of", "more", "read12", "read35", "tiles", "which", "which_shape", "which_colour", "what_of", "video", "first",
+    "last", "frames", "next", "repeat",
 )  # fmt: skip
 TASKS.update({f"{task}.zh": TASKS[task] for task in CHINESE})
 

@@ -121,6 +121,23 @@ def exists(rng: random.Random, things: list[Thing]) -> list[Question]:
     )
 
 
+def parts_of_exists(rng: random.Random, things: list[Thing]) -> list[Question]:
+    """The two halves of `exists`, each for itself: is there such a shape, is there such a colour?"""
+    asked = []
+    for field, values in (("shape", SHAPES), ("colour", tuple(COLOURS))):
+        here = {getattr(thing, field) for thing in things}
+        yes = rng.random() < 0.5
+        value = rng.choice([v for v in values if (v in here) == yes])
+        english = f"a {value}" if field == "shape" else f"anything {value}"
+        chinese = SHAPE_ZH[value] if field == "shape" else f"{COLOUR_ZH[value]}色的"
+        asked += both(
+            f"exists_{field}",
+            (f"Is there {english}?", "yes" if yes else "no"),
+            (f"有{chinese}吗？", "有" if yes else "没有"),
+        )
+    return asked
+
+
 def caption(things: list[Thing]) -> list[Question]:
     english = ", ".join(f"{a(t)} at the {PLACES[t.place]}" for t in things)
     chinese = "，".join(f"{PLACE_ZH[t.place]}是{chinese_of(t)}" for t in things)
@@ -163,6 +180,7 @@ def shapes(rng: random.Random) -> View:
     """One to four things in nine places."""
     things = some_things(rng, rng.choice((1, 2, 2, 3, 3, 4)))
     asked = caption(things) + listing(things) + about_one(rng, things) + exists(rng, things) + follow_up(rng, things)
+    asked += parts_of_exists(rng, things)
     return View("shapes", asked, (draw_things(rng, things),))
 
 
@@ -225,6 +243,20 @@ def several(rng: random.Random, count: int) -> View:
             (f"Which picture has {a(t)}?", f"picture {number}"),
             (f"哪张图有{chinese_of(t)}？", f"图{number}"),
         )
+    for field in ("shape", "colour"):  # the two halves of it, each for itself
+        where: dict[str, set[int]] = {}
+        for k, things in enumerate(pictures):
+            for t in things:
+                where.setdefault(getattr(t, field), set()).add(k)
+        sure = [(value, min(found)) for value, found in where.items() if len(found) == 1]
+        for value, k in rng.sample(sure, min(1, len(sure))):
+            english = f"a {value}" if field == "shape" else f"something {value}"
+            chinese = SHAPE_ZH[value] if field == "shape" else f"{COLOUR_ZH[value]}色的"
+            asked += both(
+                f"which_{field}",
+                (f"Which picture has {english}?", f"picture {k + 1}"),
+                (f"哪张图有{chinese}？", f"图{k + 1}"),
+            )
     k = rng.randrange(count)
     t = rng.choice(pictures[k])
     asked += both(
