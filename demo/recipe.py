@@ -72,14 +72,14 @@ def mix(progress: float) -> dict[str, float]:
     codes = ((1.0, 0, 0), (0.7, 0.3, 0.3), (0.2, 0.6, 0.6), (0.1, 0.7, 0.7))[stage]
     return {
         "shapes": 5.0,
-        "crowd": 1.5,
+        "crowd": 2.5,
         **{f"read{n}": weight for n, weight in enumerate(reads[stage], start=1)},
         **dict(zip(("code2x1", "code3x2", "code2x3"), codes, strict=True)),
-        "several2": 0.9,
-        "several3": 0.6 if stage else 0.2,
-        **{f"video{n}": 0.35 for n in range(3, 7)},
-        "talk": 0.6,
-        "echo": 1.6,
+        "several2": 1.6,
+        "several3": 1.0 if stage else 0.2,
+        **{f"video{n}": 0.3 for n in range(3, 7)},
+        "talk": 0.4,
+        "echo": 1.0,
     }
 
 

@@ -54,8 +54,8 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 CHINESE = (
     "shape", "colour", "position", "what", "exists", "exists_shape", "exists_colour", "caption", "list", "places",
-    "count", "count_of", "more", "read12", "read35", "tiles", "which", "which_shape", "which_colour", "what_of", "video",
-    "first", "last", "frames", "next", "repeat",
+    "count", "count_of", "more", "read12", "read35", "tiles", "which", "which_shape", "which_colour", "what_of",
+    "video", "first", "last", "frames", "next", "repeat",
 )  # fmt: skip
 TASKS.update({f"{task}.zh": TASKS[task] for task in CHINESE})
 
