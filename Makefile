@@ -3,7 +3,9 @@ TRANSFORMERS ?= 5.23.0
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check -q
 VLLM_VENV ?= .venv-vllm
-MODEL ?= build/tiny
+MODEL ?= demo
+IMAGE ?= demo/pictures/shapes.png
+TEXT ?= What colour is the star?
 
 .PHONY: chat test test-compat test-vllm lint clean
 
@@ -14,13 +16,9 @@ $(VENV)/ready: pyproject.toml
 	$(PIP) install transformers==$(TRANSFORMERS) .[test]
 	touch $@
 
-build/tiny: tools/make_tiny_checkpoint.py | $(VENV)/ready
-	rm -rf $@
-	$(VENV)/bin/python tools/make_tiny_checkpoint.py $@
-
-## Ask about a picture, then keep asking.
-chat: $(VENV)/ready $(MODEL)
-	$(VENV)/bin/python examples/example_chat.py --model $(MODEL) --image examples/data/shapes.png --text "What is in the picture?" --max_new_tokens 64
+## Ask about a picture, then keep asking: make chat MODEL=folder IMAGE=photo.jpg TEXT="What is this?"
+chat: $(VENV)/ready
+	$(VENV)/bin/python examples/example_chat.py --model $(MODEL) --image $(IMAGE) --text "$(TEXT)" --greedy --stay
 
 ## All tests, on one version of transformers.
 test: $(VENV)/ready

@@ -5,6 +5,7 @@ G = H / K query heads that share a key, E = D / H head width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+# Devices whose fused attention takes `enable_gqa` together with a mask.
+SHARES_KEYS_UNDER_A_MASK = ("cpu",)
+
+
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Plain attention: queries (B, H, T, E), keys, values (B, K, S, E) -> (B, T, H, E) and weights (B, H, T, S)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -97,22 +102,17 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Masked attention of H queries on K heads, (B, H, T, E) and (B, K, S, E) -> (B, T, H, E).
 
-    The queries that share a head meet its keys as they lie in the cache: with a mask, PyTorch's kernels would be given
-    a copy of them for each query.
+    The queries that share a head meet its keys as they lie in the cache. transformers copies keys and values for each
+    query under a mask, since on most devices PyTorch would then leave its fused kernels.
     """
-    batch, heads, tokens, width = query.shape
-    groups = heads // key.shape[1]
-    if tokens == 1:
-        rows = query.reshape(batch, -1, groups, width)
-        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling).flatten(1, 2)[:, :, None]
+    attend = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=scaling)
+    groups = query.shape[1] // key.shape[1]
+    if query.shape[2] == 1:  # the queries of a head are rows of one
+        out = attend(query.unflatten(1, (-1, groups)).squeeze(3), key, value).flatten(1, 2)[:, :, None]
+    elif query.device.type in SHARES_KEYS_UNDER_A_MASK:
+        out = attend(query, key, value, enable_gqa=True)
     else:
-        out = torch.stack(
-            [
-                F.scaled_dot_product_attention(query[:, g::groups], key, value, attn_mask=mask, scale=scaling)
-                for g in range(groups)
-            ],
-            dim=2,
-        ).flatten(1, 2)
+        out = torch.stack([attend(query[:, g::groups], key, value) for g in range(groups)], dim=2).flatten(1, 2)
     return out.transpose(1, 2)
 
 

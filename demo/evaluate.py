@@ -14,8 +14,11 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from html.parser import HTMLParser
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +28,14 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import transformers  # noqa: E402
-from transformers import AutoModel, AutoTokenizer  # noqa: E402
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 from demo import scenes  # noqa: E402
 from demo.world import COLOURS  # noqa: E402
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# With bitsandbytes: the decoder's own linears, as `quantization_config=` of the model has it.
+QUANTISED = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
 LONGEST = 160  # tokens of an answer
 # Least accuracy in per cent, for the tasks that the repo's own bar names.
 ASKED = {
@@ -59,7 +64,7 @@ class Way(NamedTuple):
         return ", ".join(parts)
 
 
-WAYS = (Way(), Way(beams=3), Way("fp32"), Way("int8"), Way(hd_num=1), Way(mode="base"))
+WAYS = (Way(), Way(beams=3), Way("fp32"), Way("int8"), Way("nf4"), Way(hd_num=1), Way(mode="base"))
 
 
 class Tags(HTMLParser):
@@ -99,15 +104,7 @@ def page_checks(task: str, answer: str, said: str) -> dict[str, bool]:
     return found
 
 
-@torch.no_grad()
-def round_to_int8(model: torch.nn.Module) -> None:
-    """Give the decoder's linears the weights that 8 bits a number, with a scale for each row, can hold."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision_tower" not in name:
-            scale = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
-            module.weight.copy_((module.weight / scale).round() * scale)
-
-
+@lru_cache(maxsize=1)
 def load(folder: Path, dtype: str):
     """Model and tokenizer of a checkpoint folder.
 
@@ -116,9 +113,10 @@ def load(folder: Path, dtype: str):
     """
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors: run python demo/train.py --out {folder} first")
-    model = AutoModel.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=True, task_adapters="all").eval()
-    if dtype == "int8":
-        round_to_int8(model)
+    quantised = QUANTISED.get(dtype)
+    config = {"quantization_config": BitsAndBytesConfig(**quantised)} if quantised else {}
+    settings = {"dtype": DTYPES.get(dtype, torch.bfloat16), "trust_remote_code": True, "task_adapters": "all", **config}
+    model = AutoModel.from_pretrained(folder, **settings).eval()
     model.reuse.prefix_bytes = 0
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
@@ -144,8 +142,8 @@ def answer_all(model, tokenizer, asked: Sequence[scenes.Scene], way: Way, rows: 
     return said
 
 
-def evaluate(model, tokenizer, way: Way, tasks: Iterable[str], count: int, seed: int) -> dict[str, list[int]]:
-    """(right, asked) of each task, and of what is checked on pages."""
+def evaluate(folder: Path, way: Way, task: str, count: int, seed: int) -> dict[str, list[int]]:
+    """(right, asked) of a task, and of what is checked on its pages."""
     found: dict[str, list[int]] = {}
 
     def note(name: str, right: bool) -> None:
@@ -153,14 +151,28 @@ def evaluate(model, tokenizer, way: Way, tasks: Iterable[str], count: int, seed:
         pair[0] += right
         pair[1] += 1
 
-    for task in tasks:
-        asked = [scenes.scene(task, scenes.EVAL_SEEDS[seed + i]) for i in range(count)]
-        for scene, said in zip(asked, answer_all(model, tokenizer, asked, way), strict=True):
-            note(task, said == scene.answer)
-            if task in ("html", "resume", "screen"):
-                for name, right in page_checks(task, scene.answer, said).items():
-                    note(name, right)
-        print(f"{way.name} | {task}: {found[task][0]} of {found[task][1]}", file=sys.stderr, flush=True)
+    asked = [scenes.scene(task, scenes.EVAL_SEEDS[seed + i]) for i in range(count)]
+    for scene, said in zip(asked, answer_all(*load(folder, way.dtype), asked, way), strict=True):
+        note(task, said == scene.answer)
+        if task in ("html", "resume", "screen"):
+            for name, right in page_checks(task, scene.answer, said).items():
+                note(name, right)
+    print(f"{way.name} | {task}: {found[task][0]} of {found[task][1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def evaluate_all(
+    folder: Path, jobs: Sequence[tuple[Way, str]], count: int, seed: int, processes: int
+) -> dict[str, dict[str, list[int]]]:
+    """The jobs, shared among processes of one thread each: way -> task -> (right, asked)."""
+    found: dict[str, dict[str, list[int]]] = {}
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = [(way, pool.submit(evaluate, folder, way, task, count, seed)) for way, task in jobs]
+        for way, job in running:
+            of_way = found.setdefault(way.name, {})
+            for name, (right, asked) in job.result().items():
+                before = of_way.get(name, (0, 0))
+                of_way[name] = [before[0] + right, before[1] + asked]
     return found
 
 
@@ -175,12 +187,12 @@ def table(found: dict[str, dict[str, list[int]]]) -> str:
 
 
 def tasks_of(way: Way, tasks: Sequence[str]) -> list[str]:
-    """Tasks for which a way says something of its own."""
+    """Tasks for which a way says something of its own; beyond the first way, those that the bar names."""
     if way.hd_num is not None:
         return [task for task in tasks if task.startswith("tiles")]
     if way.mode is not None:
         return [task for task in tasks if scenes.TASKS[task][0] in ("web", "screen", "write")]
-    return list(tasks)
+    return [task for task in tasks if way == WAYS[0] or task in ASKED or task in ("html", "resume")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,7 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(scenes.TASKS), choices=list(scenes.TASKS), metavar="TASK")
     parser.add_argument("--count", type=int, default=200, help="scenes a task")
     parser.add_argument("--seed", type=int, default=0, help="where in the evaluation seeds to begin")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--dtype", choices=[*DTYPES, *QUANTISED], default="bf16")
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--hd-num", type=int)
     parser.add_argument("--mode", help="an infer_mode for every task (default: the task's own)")
@@ -197,11 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args(arguments)
     ways = WAYS if options.all else (Way(options.dtype, options.beams, options.hd_num, options.mode),)
-    started, found = time.monotonic(), {}
-    for way in ways:
-        model, tokenizer = load(options.model, way.dtype)
-        tasks = tasks_of(way, options.tasks) if options.all else options.tasks
-        found[way.name] = evaluate(model, tokenizer, way, tasks, options.count, options.seed)
+    started = time.monotonic()
+    load(options.model, "fp32")  # a folder without weights is said here
+    jobs = [(way, task) for way in ways for task in (tasks_of(way, options.tasks) if options.all else options.tasks)]
+    found = evaluate_all(options.model, jobs, options.count, options.seed, options.processes)
     print(table(found))
     if options.out:
         facts = {"count": options.count, "seed": options.seed, "minutes": round((time.monotonic() - started) / 60, 1),

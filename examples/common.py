@@ -1,7 +1,7 @@
 """What the examples share: their arguments, and the lines that load the model.
 
 A model folder holds weights, config, tokenizer.model and this repo's code. Its name stands in one place: `--model`,
-else the environment variable IXC_MODEL, else build/tiny in this repo. Nothing is downloaded.
+else the environment variable IXC_MODEL, else demo in this repo. Nothing is downloaded.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from transformers import AutoModel, AutoTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "examples" / "data"
-DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or REPO / "build" / "tiny")
+DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or REPO / "demo")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def arguments(description: str | None, max_new_tokens: int = 512) -> argparse.ArgumentParser:
     """A parser with the arguments of every example; a script adds its own."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder (default: $IXC_MODEL or build/tiny)")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder (default: $IXC_MODEL or demo)")
     parser.add_argument("--num_gpus", type=int, help="0: the CPU; N: over N cards (default: one if there is one)")
     parser.add_argument("--device", help="a torch device, say cuda:1 or mps, in place of --num_gpus")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as the weights were saved")
@@ -61,17 +61,17 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise SystemExit(
-            f"{folder} {what}. `make build/tiny` makes a tiny random model to try things with; for released weights on "
-            f"disk, `python tools/adopt.py FOLDER` puts this code beside them. Then pass --model FOLDER."
+            f"{folder} {what}. {REPO / 'demo'} is a small model to try things with; for released weights on disk, "
+            f"`python tools/adopt.py FOLDER` puts this code beside them. Then pass --model FOLDER."
+        )
+    if not (folder / "chat_internlm_xcomposer2.py").is_file():
+        raise SystemExit(
+            f"{folder} holds a model, but not this repo's code. `python tools/adopt.py {folder}` puts it there."
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise SystemExit(
             f"{folder} has no weights (*.safetensors or *.bin). The demo's come with the repo, `git checkout {folder}` "
             f"brings them back, and `python demo/train.py --out {folder}` makes new ones; a release's are downloaded."
-        )
-    if not (folder / "chat_internlm_xcomposer2.py").is_file():
-        raise SystemExit(
-            f"{folder} holds a model, but not this repo's code. `python tools/adopt.py {folder}` puts it there."
         )
 
 

@@ -267,8 +267,8 @@ def test_short_name(source, name):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--model", "nowhere"], ["nowhere is no folder", "make build/tiny", "tools/adopt.py", "--model"]),
-        (["--model", str(DATA)], ["has no config.json", "make build/tiny"]),
+        (["--model", "nowhere"], ["nowhere is no folder", "a small model to try", "tools/adopt.py", "--model"]),
+        (["--model", str(DATA)], ["has no config.json", "a small model to try"]),
         (["--num_gpus", "99"], ["--num_gpus 99", "--num_gpus 0"]),
         (["--num_gpus", "-1"], ["--num_gpus -1"]),
         (["--device", "toaster"], ["--device toaster"]),
@@ -285,6 +285,9 @@ def test_a_wrong_start_says_the_remedy_in_one_line(chat, argv, words):
 def test_a_folder_without_the_code(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="adopt.py"):
+        common.check_folder(tmp_path)
+    (tmp_path / "chat_internlm_xcomposer2.py").touch()
+    with pytest.raises(SystemExit, match="has no weights .* demo/train.py"):
         common.check_folder(tmp_path)
 
 

@@ -137,6 +137,20 @@ def test_batched_is_single(tiny_model, lengths, beams):
     assert together.tolist() == alone
 
 
+@pytest.mark.parametrize("devices", [("cpu",), ()])
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_masked_attention_shares_keys(tiny_model, monkeypatch, tokens, devices):
+    """Against a copy of the keys for each query, in both ways of doing without."""
+    code = sys.modules[type(tiny_model.model.language_model).__module__]
+    monkeypatch.setattr(code, "SHARES_KEYS_UNDER_A_MASK", devices)
+    query, key, value = torch.randn(2, 6, tokens, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.rand(2, 1, tokens, 9) > 0.3
+    mask[..., 0] = True
+    copies = (heads.repeat_interleave(3, dim=1) for heads in (key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *copies, attn_mask=mask, scale=0.4)
+    torch.testing.assert_close(code.grouped_attention(query, key, value, mask, 0.4), wanted.transpose(1, 2))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_padded_is_unpadded(tiny_model, attention):

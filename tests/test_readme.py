@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, on a tiny checkpoint in the place of build/tiny."""
+"""The README's Python runs as printed, on the demo checkpoint."""
 
 import re
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 
 
-def test_every_python_block_runs(tiny_checkpoint, monkeypatch, capsys):
+def test_every_python_block_runs(monkeypatch, capsys):
     """In one session, in the order they are printed, from the repo's root; nothing is left behind there."""
     monkeypatch.chdir(REPO)
     before = set(REPO.iterdir())
@@ -18,7 +18,7 @@ def test_every_python_block_runs(tiny_checkpoint, monkeypatch, capsys):
         optional = [name for name in ("bitsandbytes", "peft") if name in block.lower()]
         if any(find_spec(name) is None for name in optional):
             continue
-        exec(compile(block.replace("build/tiny", str(tiny_checkpoint)), "README.md", "exec"), names)
+        exec(compile(block, "README.md", "exec"), names)
     assert capsys.readouterr().out.strip()  # the examples print answers
     assert names["history"][0][0] == "Tell me a story"
     assert len(names["answers"]) == 3
