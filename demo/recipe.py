@@ -43,12 +43,13 @@ COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
+MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}
 MARKED = 0.15  # of the batches of one picture: it stands at a mark, not in front
 SYSTEM = 0.08  # of the batches: under the released system prompt, as `use_meta=True` puts it
 
 # Kind -> rows in its part of a step.
 ROWS = {
-    "shapes": 5, "crowd": 5, "read1": 8, "read2": 8, "read3": 8, "read4": 8, "read5": 8, "code2x1": 6,
+    "shapes": 5, "presence": 5, "crowd": 5, "read1": 8, "read2": 8, "read3": 8, "read4": 8, "read5": 8, "code2x1": 6,
     "code3x2": 4, "code2x3": 4, "several2": 4, "several3": 3, "video3": 4, "video4": 3, "video5": 3, "video6": 3,
     "talk": 3, "echo": 4, "web": 6, "screen": 8, "write": 6,
 }  # fmt: skip
@@ -71,7 +72,8 @@ def mix(progress: float) -> dict[str, float]:
     stage = sum(progress >= border for border in (0.08, 0.2, 0.4))
     codes = ((1.0, 0, 0), (0.7, 0.3, 0.3), (0.2, 0.6, 0.6), (0.1, 0.7, 0.7))[stage]
     return {
-        "shapes": 5.0,
+        "shapes": 4.5,
+        "presence": 2.0,
         "crowd": 2.5,
         **{f"read{n}": weight for n, weight in enumerate(reads[stage], start=1)},
         **dict(zip(("code2x1", "code3x2", "code2x3"), codes, strict=True)),

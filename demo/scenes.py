@@ -22,6 +22,7 @@ EVAL_SEEDS = range(2**40, 2**41)
 # Every kind of view; views of one kind have the same number of tiles, so a batch of one kind needs little padding.
 KINDS: dict[str, Callable[[random.Random], View]] = {
     "shapes": views.shapes,
+    "presence": views.presence,
     "crowd": views.crowd,
     **{f"read{n}": partial(views.reading, count=n) for n in range(1, 6)},
     "code2x1": partial(views.code, cols=2, rows=1, count=0),
@@ -39,8 +40,8 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
 TASKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("talk", "identity", "next"), ("talk",)),
     "repeat": ("echo",),
-    **dict.fromkeys(("shape", "colour", "position", "what", "exists", "caption", "list", "places"), ("shapes",)),
-    **dict.fromkeys(("exists_shape", "exists_colour"), ("shapes",)),
+    **dict.fromkeys(("shape", "colour", "position", "what", "caption", "list", "places"), ("shapes",)),
+    **dict.fromkeys(("exists", "exists_shape", "exists_colour"), ("shapes", "presence")),
     **dict.fromkeys(("count", "count_of", "more"), ("crowd",)),
     "follow": ("shapes",),
     "read12": ("read1", "read2"),

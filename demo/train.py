@@ -55,7 +55,8 @@ class Source:
             keyed = [(rng.random() ** (1 / recipe.PICKED.get(q.task, 1.0)), q) for q in view.questions]
             chosen = [q for _, q in sorted(keyed, key=lambda pair: -pair[0])]
             always = [q for q in chosen if described and q.task in recipe.DESCRIBED][:2]
-            asked.append(always + [q for q in chosen if q not in always][: recipe.QUESTIONS])
+            most = recipe.MORE_QUESTIONS.get(kind, recipe.QUESTIONS)
+            asked.append(always + [q for q in chosen if q not in always][:most])
             views.append(view)
         marked, system = rng.random() < recipe.MARKED, rng.random() < recipe.SYSTEM and views[0].mode == "base"
         return self.layout.batch(views, asked, marked, CHAT_SYSTEM if system else "")

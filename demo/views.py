@@ -184,6 +184,14 @@ def shapes(rng: random.Random) -> View:
     return View("shapes", asked, (draw_things(rng, things),))
 
 
+def presence(rng: random.Random) -> View:
+    """The questions of `exists` alone, many of one picture: what differs between a yes and a no is then the word."""
+    things = some_things(rng, rng.choice((1, 2, 2, 3, 3, 4)))
+    asked = [question for _ in range(6) for question in exists(rng, things)]
+    asked += [question for _ in range(4) for question in parts_of_exists(rng, things)]
+    return View("presence", list({q.turns[0][0]: q for q in asked}.values()), (draw_things(rng, things),))
+
+
 def crowd(rng: random.Random) -> View:
     """One to nine things of two shapes: how many, and of which more."""
     count = rng.randint(1, 9)
