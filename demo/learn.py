@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo.layout import IGNORE, Batch, attention_mask
-from demo.recipe import LENGTH_POWER, NAMED
+from demo.recipe import LENGTH_POWER, NAMED, WORTH
 from demo.world import (
     CHARACTERS,
     CLASSES,
@@ -190,10 +190,12 @@ def learn(model, heads: DenseHeads, names: Names, batch: Batch) -> Result:
     row, _ = learned.nonzero(as_tuple=True)
     answer = row * 64 + batch.branch[learned]
     _, answer, length = answer.unique(return_inverse=True, return_counts=True)
-    weights = length[answer].float() ** LENGTH_POWER
+    tasks = [task for of_row in batch.tasks for task in of_row]
+    worth = torch.tensor([WORTH.get(task.removesuffix(".zh"), 1.0) for task in tasks], device=length.device)
+    weights = length[answer].float() ** LENGTH_POWER * worth[answer]
     loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / len(length)
     wrong = torch.zeros_like(length).index_add_(0, answer, (logits.argmax(-1) != targets).long())
-    for task, misses in zip((task for tasks in batch.tasks for task in tasks), wrong.tolist(), strict=True):
+    for task, misses in zip(tasks, wrong.tolist(), strict=True):
         hits, asked = right.get(task, (0, 0))
         right[task] = (hits + (misses == 0), asked + 1)
     return Result(loss, dense, right)

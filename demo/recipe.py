@@ -41,6 +41,8 @@ DENSE = 0.3  # weight of the dense loss once the decoder trains
 NAMED = 0.5  # weight of the names of image tokens within the dense loss
 COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
+# What an answer weighs beside that; 1 where nothing is said. One token says it all here, and it is learned last.
+WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour"), 4.0)
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
 MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}
