@@ -59,7 +59,7 @@ ROWS = {
 PICKED = {
     **dict.fromkeys(("position", "position.zh", "exists", "exists.zh"), 2.0),
     **dict.fromkeys(("exists_shape", "exists_shape.zh", "exists_colour", "exists_colour.zh"), 1.5),
-    **dict.fromkeys(("which", "which.zh", "video"), 2.0), "follow": 1.5, "list": 4.0, "list.zh": 4.0,
+    **dict.fromkeys(("which", "which.zh", "which_shape", "which_colour", "video"), 2.0), "follow": 1.5, "list": 4.0, "list.zh": 4.0,
     **dict.fromkeys(("count_of", "count_of.zh", "places", "places.zh"), 0.5),
 }  # fmt: skip
 # Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
@@ -75,15 +75,15 @@ def mix(progress: float) -> dict[str, float]:
     codes = ((1.0, 0, 0), (0.7, 0.3, 0.3), (0.2, 0.6, 0.6), (0.1, 0.7, 0.7))[stage]
     return {
         "shapes": 4.5,
-        "presence": 2.0,
+        "presence": 1.2,
         "crowd": 2.5,
         **{f"read{n}": weight for n, weight in enumerate(reads[stage], start=1)},
         **dict(zip(("code2x1", "code3x2", "code2x3"), codes, strict=True)),
-        "several2": 1.6,
-        "several3": 1.0 if stage else 0.2,
+        "several2": 3.0,
+        "several3": 2.0 if stage else 0.2,
         **{f"video{n}": 0.3 for n in range(3, 7)},
         "talk": 0.4,
-        "echo": 1.0,
+        "echo": 0.7,
     }
 
 
