@@ -59,7 +59,8 @@ ROWS = {
 PICKED = {
     **dict.fromkeys(("position", "position.zh", "exists", "exists.zh"), 2.0),
     **dict.fromkeys(("exists_shape", "exists_shape.zh", "exists_colour", "exists_colour.zh"), 1.5),
-    **dict.fromkeys(("which", "which.zh", "which_shape", "which_colour", "video"), 2.0), "follow": 1.5, "list": 4.0, "list.zh": 4.0,
+    **dict.fromkeys(("which", "which.zh", "which_shape", "which_colour", "video"), 2.0),
+    **dict.fromkeys(("list", "list.zh"), 4.0), "follow": 1.5,
     **dict.fromkeys(("count_of", "count_of.zh", "places", "places.zh"), 0.5),
 }  # fmt: skip
 # Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
