@@ -42,7 +42,7 @@ NAMED = 0.5  # weight of the names of image tokens within the dense loss
 COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
 # What an answer weighs beside that; 1 where nothing is said. One token says it all here, and it is learned last.
-WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour"), 4.0)
+WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour"), 3.0)
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
 MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}
@@ -66,7 +66,8 @@ PICKED = {
 # Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
 # after another ("a red star at the top left": place, then colour, then shape), and the questions that take two steps
 # ("what colour is the star?") grow on it, but only in the directions in which descriptions go.
-DESCRIBED, DESCRIBED_UNTIL = ("caption", "caption.zh", "list", "list.zh", "places", "places.zh"), 0.6
+DESCRIBED = tuple(f"{task}{end}" for task in ("caption", "list", "places", "list_of") for end in ("", ".zh"))
+DESCRIBED_UNTIL = 0.8
 
 
 def mix(progress: float) -> dict[str, float]:

@@ -47,7 +47,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "read12": ("read1", "read2"),
     "read35": ("read3", "read4", "read5"),
     "tiles": ("code3x2", "code2x3"),
-    **dict.fromkeys(("which", "which_shape", "which_colour", "what_of"), ("several2", "several3")),
+    **dict.fromkeys(("which", "which_shape", "which_colour", "what_of", "list_of"), ("several2", "several3")),
     **dict.fromkeys(("video", "first", "last", "frames"), tuple(f"video{n}" for n in range(3, 7))),
     **dict.fromkeys(("html", "resume", "script"), ("web",)),
     "screen": ("screen",),
@@ -56,7 +56,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 CHINESE = (
     "shape", "colour", "position", "what", "exists", "exists_shape", "exists_colour", "caption", "list", "places",
     "count", "count_of", "more", "read12", "read35", "tiles", "which", "which_shape", "which_colour", "what_of",
-    "video", "first", "last", "frames", "next", "repeat",
+    "list_of", "video", "first", "last", "frames", "next", "repeat",
 )  # fmt: skip
 TASKS.update({f"{task}.zh": TASKS[task] for task in CHINESE})
 

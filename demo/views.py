@@ -235,6 +235,24 @@ def code(rng: random.Random, cols: int, rows: int, count: int = 0) -> View:
     return View(f"code{cols}x{rows}", asked, (draw_text(rng, (cols * TILE, rows * TILE), text),))
 
 
+def listing_of(pictures: list[list[Thing]]) -> list[Question]:
+    """All things of several pictures by shape, or by colour: of each, which picture it is in."""
+    asked = []
+    homes = [(t, k + 1) for k, things in enumerate(pictures) for t in things]
+    for field, values in (("shape", SHAPES), ("colour", tuple(COLOURS))):
+        ordered = sorted(homes, key=lambda home: values.index(getattr(home[0], field)))  # noqa: B023 - used at once
+        other = "colour" if field == "shape" else "shape"
+        english = "; ".join(f"{getattr(t, field)}: picture {k}, {getattr(t, other)}" for t, k in ordered)
+        names = [({"shape": SHAPE_ZH[t.shape], "colour": f"{COLOUR_ZH[t.colour]}色"}, k) for t, k in ordered]
+        chinese = "；".join(f"{name[field]}：图{k}，{name[other]}" for name, k in names)
+        asked += both(
+            "list_of",
+            (f"List the {field}s.", english),
+            ("列出形状。" if field == "shape" else "列出颜色。", chinese),
+        )
+    return asked
+
+
 def several(rng: random.Random, count: int) -> View:
     """Two or three pictures of one or two things each: which of them has this?"""
     pictures = [some_things(rng, rng.randint(1, 2)) for _ in range(count)]
@@ -272,6 +290,7 @@ def several(rng: random.Random, count: int) -> View:
         (f"What is at the {PLACES[t.place]} of picture {k + 1}?", english_of(t)),
         (f"图{k + 1}的{PLACE_ZH[t.place]}有什么？", chinese_of(t)),
     )
+    asked += listing_of(pictures)
     lead = "".join(f"Picture {k + 1}: {MARK}\n" for k in range(count))
     return View(f"several{count}", asked, tuple(draw_things(rng, things) for things in pictures), lead=lead)
 
