@@ -1,7 +1,11 @@
 """The demo's world: seeds, exact answers, dense labels, and rows that read as chat lays them out."""
 
+import json
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from demo.layout import IGNORE, Layout, attention_mask
 from demo.views import Question
 from ixc_utils import to_pixels
 
+REPO = Path(__file__).resolve().parents[1]
 EVAL = scenes.EVAL_SEEDS[0]
 
 
@@ -272,3 +277,34 @@ def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch
     loaded = AutoModel.from_pretrained(out, trust_remote_code=True, task_adapters="all")
     for name, value in run.model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value)
+
+
+def test_processes_average_their_gradients(monkeypatch):
+    from demo import train
+
+    run = train.Run.__new__(train.Run)
+    run.world, run.phase, run.stopped, run.seconds = 2, "base", False, {"base": 3.0}
+    mine, missing = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
+    mine.grad = torch.ones(2, 3)
+    theirs = torch.arange(10.0)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda flat, *_: flat.add_(theirs))
+    run.average([mine, missing])
+    assert torch.equal(mine.grad, (1 + torch.arange(6.0).view(2, 3)) / 2)
+    assert torch.equal(missing.grad, torch.arange(6.0, 10) / 2)
+
+    monkeypatch.setattr(train.dist, "all_reduce", lambda both, *_: both.copy_(both.maximum(torch.tensor([1.0, 2.5]))))
+    run.agree()
+    assert run.stopped and run.seconds["base"] == 3.0
+
+
+def test_two_processes_train_and_export(run_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(run_folder / "untrained", tmp_path / "state" / "untrained", symlinks=True)
+    command = [sys.executable, "demo/train.py", "--minutes", "0.02", "--processes", "2"]
+    command += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 1 threads" in done.stdout and (tmp_path / "out" / "model.safetensors").is_file()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "state" / "log.jsonl").read_text().splitlines()]
+    assert steps and min(steps) >= 1
