@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 }
 
 # Phase -> its share of the budget in minutes.
-SHARES = {"look": 0.04, "base": 0.84, "web": 0.08, "write": 0.04}
+SHARES = {"look": 0.05, "base": 0.84, "web": 0.07, "write": 0.04}
 RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
@@ -59,7 +59,7 @@ ROWS = {
 PICKED = {
     **dict.fromkeys(("position", "position.zh", "exists", "exists.zh"), 2.0),
     **dict.fromkeys(("exists_shape", "exists_shape.zh", "exists_colour", "exists_colour.zh"), 1.5),
-    **dict.fromkeys(("which", "which.zh", "which_shape", "which_colour", "video"), 2.0),
+    **dict.fromkeys(("which", "which.zh", "which_shape", "which_colour", "video", "more"), 2.0),
     **dict.fromkeys(("list", "list.zh"), 4.0), "follow": 1.5,
     **dict.fromkeys(("count_of", "count_of.zh", "places", "places.zh"), 0.5),
 }  # fmt: skip

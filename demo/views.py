@@ -192,6 +192,10 @@ def presence(rng: random.Random) -> View:
     return View("presence", list({q.turns[0][0]: q for q in asked}.values()), (draw_things(rng, things),))
 
 
+def plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
 def crowd(rng: random.Random) -> View:
     """One to nine things of two shapes: how many, and of which more."""
     count = rng.randint(1, 9)
@@ -203,13 +207,13 @@ def crowd(rng: random.Random) -> View:
     things = [Thing(name, rng.choice(list(COLOURS)), place) for name, place in zip(names, places, strict=True)]
     asked = both("count", ("How many shapes are there?", str(count)), ("有几个图形？", str(count)))
     if split:
-        english, chinese = f"How many {first}s are there?", f"有几个{SHAPE_ZH[first]}？"
+        english, chinese = f"How many {plural(first)} are there?", f"有几个{SHAPE_ZH[first]}？"
         asked += both("count_of", (english, str(split)), (chinese, str(split)))
     if 2 * split != count and 0 < split < count:
         most = first if 2 * split > count else second
         asked += both(
             "more",
-            (f"Are there more {first}s or {second}s?", f"{most}s"),
+            (f"Are there more {plural(first)} or {plural(second)}?", plural(most)),
             (f"{SHAPE_ZH[first]}多还是{SHAPE_ZH[second]}多？", SHAPE_ZH[most]),
         )
     return View("crowd", asked, (draw_things(rng, things),))
