@@ -64,7 +64,7 @@ class Way(NamedTuple):
         return ", ".join(parts)
 
 
-WAYS = (Way(), Way(beams=3), Way("fp32"), Way("int8"), Way("nf4"), Way(hd_num=1), Way(mode="base"))
+WAYS = (Way(), Way(beams=3), Way("fp32"), Way("int8"), Way(hd_num=1), Way(mode="base"))
 
 
 class Tags(HTMLParser):

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 }
 
 # Phase -> its share of the budget in minutes.
-SHARES = {"look": 0.05, "base": 0.84, "web": 0.07, "write": 0.04}
+SHARES = {"look": 0.05, "base": 0.89, "web": 0.03, "write": 0.03}
 RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
@@ -42,7 +42,7 @@ NAMED = 0.5  # weight of the names of image tokens within the dense loss
 COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
 # What an answer weighs beside that; 1 where nothing is said. One token says it all here, and it is learned last.
-WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour"), 3.0)
+WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour", "more"), 3.0)
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
 MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}

@@ -42,7 +42,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "repeat": ("echo",),
     **dict.fromkeys(("shape", "colour", "position", "what", "caption", "list", "places"), ("shapes",)),
     **dict.fromkeys(("exists", "exists_shape", "exists_colour"), ("shapes", "presence")),
-    **dict.fromkeys(("count", "count_of", "more"), ("crowd",)),
+    **dict.fromkeys(("count", "count_of", "each", "more"), ("crowd",)),
     "follow": ("shapes",),
     "read12": ("read1", "read2"),
     "read35": ("read3", "read4", "read5"),
@@ -55,7 +55,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 CHINESE = (
     "shape", "colour", "position", "what", "exists", "exists_shape", "exists_colour", "caption", "list", "places",
-    "count", "count_of", "more", "read12", "read35", "tiles", "which", "which_shape", "which_colour", "what_of",
+    "count", "count_of", "each", "more", "read12", "read35", "tiles", "which", "which_shape", "which_colour", "what_of",
     "list_of", "video", "first", "last", "frames", "next", "repeat",
 )  # fmt: skip
 TASKS.update({f"{task}.zh": TASKS[task] for task in CHINESE})

@@ -209,6 +209,12 @@ def crowd(rng: random.Random) -> View:
     if split:
         english, chinese = f"How many {plural(first)} are there?", f"有几个{SHAPE_ZH[first]}？"
         asked += both("count_of", (english, str(split)), (chinese, str(split)))
+    each = sorted(((first, split), (second, count - split)), key=lambda pair: SHAPES.index(pair[0]))
+    asked += both(
+        "each",
+        ("How many of each?", ", ".join(f"{shape} {n}" for shape, n in each if n)),
+        ("各有几个？", "，".join(f"{SHAPE_ZH[shape]}{n}" for shape, n in each if n)),
+    )
     if 2 * split != count and 0 < split < count:
         most = first if 2 * split > count else second
         asked += both(

@@ -1,0 +1,1 @@
+../cache_internlm_xcomposer2.py

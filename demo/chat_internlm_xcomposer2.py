@@ -1,0 +1,1 @@
+../chat_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../configuration_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../conversation_internlm_xcomposer2.py

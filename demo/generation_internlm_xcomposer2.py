@@ -1,0 +1,1 @@
+../generation_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../image_processing_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../modeling_internlm2.py

@@ -1,0 +1,1 @@
+../modeling_internlm_xcomposer2.py

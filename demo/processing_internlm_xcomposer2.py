@@ -1,0 +1,1 @@
+../processing_internlm_xcomposer2.py

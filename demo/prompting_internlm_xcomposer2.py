@@ -1,0 +1,1 @@
+../prompting_internlm_xcomposer2.py

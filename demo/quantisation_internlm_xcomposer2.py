@@ -1,0 +1,1 @@
+../quantisation_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../reuse_internlm_xcomposer2.py

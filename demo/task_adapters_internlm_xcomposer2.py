@@ -1,0 +1,1 @@
+../task_adapters_internlm_xcomposer2.py

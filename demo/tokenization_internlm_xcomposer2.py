@@ -1,0 +1,1 @@
+../tokenization_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../video_processing_internlm_xcomposer2.py

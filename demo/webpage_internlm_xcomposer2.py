@@ -1,0 +1,1 @@
+../webpage_internlm_xcomposer2.py
