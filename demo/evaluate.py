@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -210,6 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args(arguments)
     ways = WAYS if options.all else (Way(options.dtype, options.beams, options.hd_num, options.mode),)
+    if any(way.dtype in QUANTISED for way in ways) and find_spec("bitsandbytes") is None:
+        parser.error("int8 and nf4 need bitsandbytes: pip install bitsandbytes")
     started = time.monotonic()
     load(options.model, "fp32")  # a folder without weights is said here
     jobs = [(way, task) for way in ways for task in (tasks_of(way, options.tasks) if options.all else options.tasks)]

@@ -263,7 +263,7 @@ def train(rank: int, meeting: str, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=240, help="of training in all, earlier runs counted in")
+    parser.add_argument("--minutes", type=float, default=110, help="of training in all, earlier runs counted in")
     parser.add_argument("--out", type=Path, default=REPO / "build" / "demo" / "checkpoint")
     parser.add_argument("--state", type=Path, default=REPO / "build" / "demo" / "run", help="what a resumed run needs")
     parser.add_argument("--seed", type=int, default=0)
