@@ -98,18 +98,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=REPO / "demo")
     parser.add_argument("--out", type=Path, default=REPO / "build" / "teach")
-    parser.add_argument("--rows", type=int, default=3000, help="to train on")
-    parser.add_argument("--count", type=int, default=100, help="fresh pictures for each question")
+    parser.add_argument("--rows", type=int, default=4800, help="to train on")
+    parser.add_argument("--count", type=int, default=60, help="fresh pictures for each question")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    lora = options.out / "lora"
+    if lora.exists():
+        parser.error(f"{lora} holds an earlier lesson: remove it, or choose another --out")
     torch.set_num_threads(2)
     before = ask(options.model, None, options.count)
     data = write_rows(options.out / "pictures", options.rows, options.seed)
-    lora = options.out / "lora"
+    place = [] if torch.cuda.is_available() else ["--use_cpu"]
     given = ["--model", str(options.model), "--data", str(data), "--output_dir", str(lora), "--seed", str(options.seed)]
-    subprocess.run([sys.executable, str(REPO / "finetune" / "finetune.py"), *given, *SETTINGS], check=True)
+    subprocess.run([sys.executable, str(REPO / "finetune" / "finetune.py"), *given, *SETTINGS, *place], check=True)
     after = ask(options.model, lora, options.count)
-    print("\n| right, of 100 | before | after |\n|---|---|---|")
+    print("\n| right, per cent | before | after |\n|---|---|---|")
     for name in before:
         print(f"| {name} | {before[name]:g} | {after[name]:g} |")
     return 0
