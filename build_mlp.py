@@ -118,7 +118,7 @@ class AdaptedLinear(nn.Module):
         self.register_state_dict_pre_hook(AdaptedLinear.part)  # tensors that share memory are no good to a file
 
     def _apply(self, *args, **kwargs):
-        self.joint = None  # `.to(..)` moves each weight by itself
+        self.part()  # `.to(..)` moves each weight by itself, or none
         return super()._apply(*args, **kwargs)
 
     def is_joint(self, names: tuple[str, ...]) -> bool:
@@ -160,12 +160,6 @@ class AdaptedLinear(nn.Module):
             for linear in (pair[name] for name in joint.names for pair in (self.task_A, self.task_B) if name in pair):
                 linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
 
-    def task_lora(self, x: Tensor, adapters: tuple[str, ...]) -> Tensor:
-        """Sum of the task adapters' deltas, (.., in) -> (.., out)."""
-        if not torch.is_grad_enabled() and self.is_joint(adapters) and self.joint.A is not None:
-            return F.linear(F.linear(x, self.joint.A), self.joint.B)
-        return sum(self.task_B[name](self.task_A[name](x)) for name in adapters)
-
     def partial_lora(self, x: Tensor) -> Tensor:
         """(.., in) -> (.., out), dropout while training."""
         low = self.Plora_A(F.dropout(x, self.plora_dropout, self.training))
@@ -187,4 +181,8 @@ class AdaptedLinear(nn.Module):
             else:
                 delta = self.partial_lora(x.flatten(0, 1)[image_tokens])
                 out.view(-1, out.shape[-1]).index_add_(0, image_tokens, delta.to(out.dtype))
-        return out + self.task_lora(x, adapters) if adapters else out
+        if not torch.is_grad_enabled() and self.is_joint(adapters) and self.joint.A is not None:
+            return out + F.linear(F.linear(x, self.joint.A), self.joint.B)
+        for name in adapters:
+            out = out + self.task_B[name](self.task_A[name](x))
+        return out

@@ -49,7 +49,8 @@ class PromptEmbeddings:
         if self.row_of is None:
             return embeds
         rows = self.row_of[:, start:end]
-        return torch.where((rows >= 0)[..., None], self.features[rows.clamp(min=0)].to(embeds), embeds)
+        slots = rows >= 0
+        return embeds.masked_scatter(slots[..., None], self.features[rows[slots]].to(embeds))
 
     def repeat(self, copies: int) -> "PromptEmbeddings":
         """Each row so many times, side by side; features are shared."""

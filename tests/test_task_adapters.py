@@ -113,6 +113,10 @@ def test_a_joint_pair_parts_for_files_and_release(model, tmp_path):
         model.save_pretrained(tmp_path / "saved")
         assert torch.equal(write_logits(load(tmp_path / "saved")), wanted)
         write_logits(model)
+        model.to("cpu")  # moves nothing
+        model.save_pretrained(tmp_path / "moved")
+        assert torch.equal(write_logits(load(tmp_path / "moved")), wanted)
+        write_logits(model)
         model.release_task_adapters(["sft"])
         assert all(linear.joint is None and list(linear.task_A) == ["dpo"] for linear in linears)
         torch.testing.assert_close(write_logits(model), wanted)
