@@ -232,22 +232,30 @@ def test_the_vocabulary_keeps_what_is_read_apart(run_folder):
 @pytest.mark.parametrize("kind", sorted(scenes.KINDS))
 def test_a_row_gives_the_logits_of_the_model_itself(run_folder, kind, monkeypatch):
     """Branches on a shared prefix, tiles computed once, projector first: all equal the plain forward."""
-    from demo.learn import picture_tokens, project
+    from demo.learn import learn
     from demo.train import Run
     from ixc_utils import default_hd_num, stack_tiles
 
     few_rows(monkeypatch)
     run = Run(run_folder, 0, bf16=False)
     model, view = run.model, scenes.view(kind, 3)
-    if not view.drawings:
-        return
-    made = run.source.layout.batch([view], [view.questions[:1]])
-    pixels = [to_pixels(s, default_hd_num(len(view.drawings)), world.TILE) for s in scenes.sources(view)]
-    tiles, grids = stack_tiles(pixels, world.TILE)
-    features = model.model.vision_tower(made.tiles).last_hidden_state[:, 1:]
-    own = picture_tokens(model, project(model, features), made.grid)
-    plain = model.get_image_features(tiles, grids, return_dict=True).pooler_output
-    torch.testing.assert_close(own, torch.stack(list(plain)), atol=2e-4, rtol=1e-3)
+    made = run.source.layout.batch([view], [view.questions[:2]], system="be brief" if view.mode == "base" else "")
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, logits: rows.append(logits))
+    with torch.no_grad():
+        learn(model, run.heads, run.names, made)
+    hook.remove()
+    pictures = {}
+    if view.drawings:
+        pixels = [to_pixels(s, default_hd_num(len(view.drawings)), world.TILE) for s in scenes.sources(view)]
+        pictures = dict(zip(("pixel_values", "image_grid_thw"), stack_tiles(pixels, world.TILE), strict=True))
+    wanted = []
+    for branch in range(1, len(view.questions[:2]) + 1):
+        seen = (made.branch[0] == 0) | (made.branch[0] == branch)
+        with torch.no_grad():
+            logits = model(input_ids=made.ids[:, seen], infer_mode=view.mode, **pictures).logits[0]
+        wanted.append(logits[made.targets[0, seen] != IGNORE])
+    torch.testing.assert_close(rows[0], torch.cat(wanted), atol=2e-4, rtol=1e-3)
 
 
 def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch):
