@@ -198,7 +198,7 @@ class TaskAdapterMixin:
                 plain_tensor = type(weight.data) is Tensor and weight.is_floating_point()
                 if not plain_tensor or weight.is_meta:
                     raise ValueError(
-                        f"{path} is quantised or offloaded: merge the checkpoint with tools/merge_task_adapter.py"
+                        f"{path} is quantised or offloaded: merge the checkpoint with `xcomposer merge`"
                     )
                 plain[path] = weight.to("cpu", copy=True)
                 total = weight.float()

@@ -34,7 +34,7 @@ def _read_sentencepiece(path: Path):
     except ImportError as error:
         raise ImportError(
             "reading tokenizer.model needs the packages sentencepiece and protobuf (pip install sentencepiece "
-            "protobuf); a folder with a tokenizer.json (tools/make_fast_tokenizer.py) needs neither"
+            "protobuf); a folder with a tokenizer.json (python -m xcomposer.checkpoints.fast_tokenizer) needs neither"
         ) from error
     # Not FileNotFoundError: transformers replaces the text of every OSError raised while a tokenizer is built.
     if not path.is_file():

@@ -7,7 +7,7 @@ compose_article.py goes on from here and places pictures with captions in the te
 
 import sys
 
-from common import DATA, arguments, load
+from xcomposer.loading import DATA, arguments, load
 
 INSTRUCTION = (
     "Read the material and write an essay of at least 800 words, with a title of your own. Material: a harbour town "

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from common import DATA, arguments, load
+
+from xcomposer.loading import DATA, arguments, load
 
 MARK = "<ImageHere>"
 CLOSE = "[UNUSED_TOKEN_145]"

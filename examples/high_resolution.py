@@ -8,7 +8,7 @@ More tiles show finer detail and cost more: each is some 400 tokens of the promp
 import sys
 import time
 
-from common import DATA, arguments, load
+from xcomposer.loading import DATA, arguments, load
 
 
 def main(argv=None):

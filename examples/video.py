@@ -8,7 +8,7 @@ Needs a decoder: pip install av
 
 import sys
 
-from common import DATA, arguments, load
+from xcomposer.loading import DATA, arguments, load
 
 
 def main(argv=None):

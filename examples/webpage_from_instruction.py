@@ -7,7 +7,7 @@ Without --out the page goes to Instruction-aware_Webpage_Generation.html in the 
 
 import sys
 
-from common import arguments, load
+from xcomposer.loading import arguments, load
 
 INSTRUCTION = (
     "A website for a small tea shop. The name is Kettle & Leaf. The top navigation bar is dark, with links to teas, "

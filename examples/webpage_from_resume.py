@@ -5,7 +5,7 @@
 
 import sys
 
-from common import DATA, arguments, load
+from xcomposer.loading import DATA, arguments, load
 
 
 def main(argv=None):

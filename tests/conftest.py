@@ -28,9 +28,10 @@ from transformers import AutoModel, AutoTokenizer  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = REPO / "tests" / "golden"
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
+sys.path.insert(0, str(REPO))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))  # of subprocesses
 
-import make_tiny_checkpoint as tiny  # noqa: E402
+from xcomposer.checkpoints import tiny  # noqa: E402
 
 OPEN, CLOSE, MARK = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]", "<ImageHere>"
 BOS_ID, EOS_ID, CLOSE_ID = 1, 2, 92542
@@ -50,7 +51,13 @@ TRAIN_PIECES = {
 }  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--remote-code", action="store_true", help="load by trust_remote_code, not by the package")
+
+
 def pytest_configure(config):
+    if config.getoption("--remote-code"):
+        sys.modules["xcomposer.register"].belongs = lambda *_: False  # the Auto classes as without the package
     config.addinivalue_line("markers", "slow: takes over 20 seconds (leave out with -m 'not slow')")
 
 

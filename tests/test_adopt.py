@@ -1,4 +1,4 @@
-"""tools/adopt.py: what it writes beside released weights, that it does so once, and what it refuses."""
+"""`xcomposer adopt`: what it writes beside released weights, that it does so once, and what it refuses."""
 
 import json
 import math
@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from xcomposer.checkpoints import adopt, tiny
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
-
-import adopt  # noqa: E402
-import make_tiny_checkpoint as tiny  # noqa: E402
-from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
 
 RANKS = {"plora_rank": 4, "plora_alpha": 4, "task_adapter_ranks": {"sft": 2, "dpo": 6, "web": 3}}
 OURS = ("plora_rank", "plora_alpha", "task_adapter_ranks", "vision_config", "auto_map")
@@ -104,7 +102,7 @@ def test_a_release_without_ranks_gets_them_from_its_shapes_and_loads(tmp_path, l
         "sft 2 (7.2 kB)", "dpo 6 (21.5 kB)", "web 3 (10.8 kB)",
         "4 heads (2 key/value)", "56 px tiles of 4 tokens", "tokenizer.model (SentencePiece)",
         "config.json: auto_map, plora_alpha, plora_rank, task_adapter_ranks, vision_config", "config.json.orig",
-        f"examples/example_chat.py --model '{folder}'",
+        f"xcomposer chat --model '{folder}'",
     ):  # fmt: skip
         assert text in screen, text
     assert len(screen.splitlines()) <= 20
@@ -547,11 +545,12 @@ def test_the_7b_release_is_read_from_its_headers_alone(tmp_path):
 
     start = time.perf_counter()
     script = (
-        "import pathlib, re, sys, adopt; code = adopt.main(sys.argv[1:]); status = pathlib.Path('/proc/self/status'); "
+        "import pathlib, re, sys; from xcomposer.checkpoints import adopt; code = adopt.main(sys.argv[1:]); "
+        "status = pathlib.Path('/proc/self/status'); "
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', status.read_text())[1] if status.exists() else 0); sys.exit(code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], cwd=REPO / "tools", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, str(folder)], cwd=REPO, capture_output=True, text=True, timeout=120
     )
     taken = time.perf_counter() - start
     on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors"))

@@ -9,8 +9,8 @@ import torch
 from conftest import load
 from transformers import AutoProcessor, AutoTokenizer
 
-from demo import scenes
-from demo.evaluate import colours_of, parses
+from toyworld import scenes
+from toyworld.evaluate import colours_of, parses
 
 REPO = Path(__file__).resolve().parents[1]
 DEMO = REPO / "demo"
@@ -115,7 +115,7 @@ def title(page):
 
 
 def test_webpages_from_resumes(demo, tmp_path):
-    from webpage_internlm_xcomposer2 import RESUME_QUERY
+    from xcomposer.model.webpage_internlm_xcomposer2 import RESUME_QUERY
 
     hits = []
     for scene in asked("resume"):

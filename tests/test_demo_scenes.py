@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo import pages, scenes, world
-from demo.layout import IGNORE, Layout, attention_mask
-from demo.views import Question
-from ixc_utils import to_pixels
+from toyworld import pages, scenes, world
+from toyworld.layout import IGNORE, Layout, attention_mask
+from toyworld.views import Question
+from xcomposer.model.ixc_utils import to_pixels
 
 REPO = Path(__file__).resolve().parents[1]
 EVAL = scenes.EVAL_SEEDS[0]
@@ -116,7 +116,7 @@ def layout():
 
 @pytest.mark.parametrize("system", ["", "be brief"])
 def test_a_branch_reads_as_chat_lays_it_out(system):
-    from prompting_internlm_xcomposer2 import chat_prompt, place_images, tokenize_prompt, tokenize_with
+    from xcomposer.model.prompting_internlm_xcomposer2 import chat_prompt, place_images, tokenize_prompt, tokenize_with
 
     for task in ("colour", "follow", "which", "video", "talk"):
         view = scenes.view(scenes.TASKS[task][0], 7)
@@ -144,7 +144,7 @@ def test_branches_see_the_prefix_and_themselves_alone():
 
 
 def test_a_picture_of_one_tile_is_its_own_overview():
-    from ixc_utils import overview, stack_tiles
+    from xcomposer.model.ixc_utils import overview, stack_tiles
 
     view = scenes.view("shapes", 3)
     pixels = to_pixels(view.drawings[0].image, 24, world.TILE)
@@ -168,7 +168,7 @@ def test_names_are_made_of_letters_and_articles_of_paragraphs():
 
 
 def test_pages_are_judged_by_tags_name_and_colours():
-    from demo.evaluate import page_checks, parses
+    from toyworld.evaluate import page_checks, parses
 
     page = scenes.scene("html", EVAL).answer
     assert page_checks("html", page, page) == {"html parses": True, "html colours": True, "html name": True}
@@ -182,14 +182,14 @@ def test_pages_are_judged_by_tags_name_and_colours():
 
 
 def test_a_folder_without_weights_says_how_to_make_them(tmp_path):
-    from demo.evaluate import load
+    from toyworld.evaluate import load
 
-    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: run python demo/train.py"):
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: run python -m toyworld.train"):
         load(tmp_path, "bf16")
 
 
 def test_curves_of_a_log(tmp_path):
-    from demo.curves import curves_of, draw_curves
+    from toyworld.curves import curves_of, draw_curves
 
     log = [
         {"minutes": m, "loss": {"shapes": 1 / m}, "right": {"colour": [m, 10], "follow": [0, 0]}} for m in (1.0, 2.0)
@@ -201,7 +201,7 @@ def test_curves_of_a_log(tmp_path):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    from demo.make import write_untrained
+    from toyworld.make import write_untrained
 
     folder = tmp_path_factory.mktemp("run")
     write_untrained(folder / "untrained")
@@ -209,7 +209,7 @@ def run_folder(tmp_path_factory):
 
 
 def few_rows(monkeypatch):
-    from demo import recipe
+    from toyworld import recipe
 
     monkeypatch.setattr(recipe, "ROWS", dict.fromkeys(recipe.ROWS, 2))
     monkeypatch.setattr(recipe, "COLLAGES", 2)
@@ -218,7 +218,7 @@ def few_rows(monkeypatch):
 def test_the_vocabulary_keeps_what_is_read_apart(run_folder):
     from transformers import AutoTokenizer
 
-    from demo.pages import PIECES
+    from toyworld.pages import PIECES
 
     tokenizer = AutoTokenizer.from_pretrained(run_folder / "untrained", trust_remote_code=True)
     assert tokenizer.tokenize("K7M20") == list("K7M20")
@@ -232,9 +232,9 @@ def test_the_vocabulary_keeps_what_is_read_apart(run_folder):
 @pytest.mark.parametrize("kind", sorted(scenes.KINDS))
 def test_a_row_gives_the_logits_of_the_model_itself(run_folder, kind, monkeypatch):
     """Branches on a shared prefix, tiles computed once, projector first: all equal the plain forward."""
-    from demo.learn import learn
-    from demo.train import Run
-    from ixc_utils import default_hd_num, stack_tiles
+    from toyworld.learn import learn
+    from toyworld.train import Run
+    from xcomposer.model.ixc_utils import default_hd_num, stack_tiles
 
     few_rows(monkeypatch)
     run = Run(run_folder, 0, bf16=False)
@@ -261,8 +261,8 @@ def test_a_row_gives_the_logits_of_the_model_itself(run_folder, kind, monkeypatc
 def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch):
     from transformers import AutoModel
 
-    from demo import train
-    from demo.make import export
+    from toyworld import train
+    from toyworld.make import export
 
     few_rows(monkeypatch)
     monkeypatch.setattr(train.Source, "collages", lambda self, *a, inner=train.Source.collages: inner(self, *a[:2], 2))
@@ -288,7 +288,7 @@ def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch
 
 
 def test_processes_average_their_gradients(monkeypatch):
-    from demo import train
+    from toyworld import train
 
     run = train.Run.__new__(train.Run)
     run.world, run.phase, run.stopped, run.seconds = 2, "base", False, {"base": 3.0}
@@ -309,7 +309,7 @@ def test_two_processes_train_and_export(run_folder, tmp_path):
     import shutil
 
     shutil.copytree(run_folder / "untrained", tmp_path / "state" / "untrained", symlinks=True)
-    command = [sys.executable, "demo/train.py", "--minutes", "0.02", "--processes", "2"]
+    command = [sys.executable, "-m", "toyworld.train", "--minutes", "0.02", "--processes", "2"]
     command += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import example_chat
 import pytest
 import torch
 from conftest import MARK, REPO, load, tiny
@@ -14,13 +15,12 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from xcomposer.finetune import modes, training
+from xcomposer.finetune import run as finetune
+from xcomposer.finetune.data import Collator, Encoder
+from xcomposer.finetune.formats import Row, row_of
+
 sys.path.insert(0, str(REPO / "examples"))
-
-import example_chat  # noqa: E402
-
-from finetune import finetune, modes, training  # noqa: E402
-from finetune.data import Collator, Encoder  # noqa: E402
-from finetune.formats import Row, row_of  # noqa: E402
 
 DATA = REPO / "examples" / "data"
 HOUSE, SHAPES = str(DATA / "house.png"), str(DATA / "shapes.png")

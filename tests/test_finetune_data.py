@@ -11,10 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
-from finetune.data import Collator, Encoder, RowDataset, check_rows
-from finetune.formats import BadRow, Row, read_rows, row_of
-from finetune.training import GroupedSampler, answers_only
-from prompting_internlm_xcomposer2 import chat_prompt
+from xcomposer.finetune.data import Collator, Encoder, RowDataset, check_rows
+from xcomposer.finetune.formats import BadRow, Row, read_rows, row_of
+from xcomposer.finetune.training import GroupedSampler, answers_only
+from xcomposer.model.prompting_internlm_xcomposer2 import chat_prompt
 
 DATA = REPO / "examples" / "data"
 SHAPES, HOUSE, CLIP = (str(DATA / name) for name in ("shapes.png", "house.png", "rolling_ball.mp4"))
@@ -222,7 +222,7 @@ def test_a_row_is_what_chat_sees(tiny_model, tiny_tokenizer, media):
     tiles = 0 if not media else int(features["image_grid_thw"].prod(-1).sum())
     assert len(features.get("pixel_values", [])) == tiles
     if media:
-        from ixc_utils import stack_tiles
+        from xcomposer.model.ixc_utils import stack_tiles
 
         wanted = stack_tiles([tiny_model._pixels(picture, 3) for picture in asked.pictures], encoder.tile)
         assert torch.equal(features["pixel_values"], wanted[0])

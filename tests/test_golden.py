@@ -8,8 +8,14 @@ import torch
 from conftest import CLOSE_ID, EOS_ID, GOLDEN, MARK, golden_prompt, load, read_golden
 from safetensors import safe_open
 
-from ixc_utils import image_tokens, load_media, media_grid, stack_tiles, to_pixels
-from prompting_internlm_xcomposer2 import answer_labels, place_images, tokenize_prompt, tokenize_with, training_text
+from xcomposer.model.ixc_utils import image_tokens, load_media, media_grid, stack_tiles, to_pixels
+from xcomposer.model.prompting_internlm_xcomposer2 import (
+    answer_labels,
+    place_images,
+    tokenize_prompt,
+    tokenize_with,
+    training_text,
+)
 
 CASES = read_golden("chat_cases.json")
 TRAIN = read_golden("train_cases.json")

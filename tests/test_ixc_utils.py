@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, features
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import ixc_utils as ixc  # noqa: E402
+from xcomposer.model import ixc_utils as ixc  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 IMAGES = json.loads((GOLDEN / "image_cases.json").read_text())["cases"]

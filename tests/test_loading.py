@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from xcomposer.checkpoints import tiny
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
-
-import make_tiny_checkpoint as tiny  # noqa: E402
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
-from transformers.core_model_loading import WeightRenaming  # noqa: E402
-from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 
 NAME = "IXC-2.5 test v1.0"
 LAYOUTS = [("safetensors", 1), ("safetensors", 4), ("bin", 1), ("bin", 4)]

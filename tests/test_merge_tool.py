@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import weakref
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
+from xcomposer.checkpoints import export as exporter
+from xcomposer.checkpoints import merge as merger
+from xcomposer.checkpoints import tiny
 
-import export_task_adapter as exporter  # noqa: E402
-import make_tiny_checkpoint as tiny  # noqa: E402
-import merge_task_adapter as merger  # noqa: E402
+REPO = Path(__file__).resolve().parents[1]
 
 TASKS = ("web", "write", "dpo")
 LAYOUTS = {"one": (1, "safetensors"), "five": (5, "safetensors"), "bin": (1, "bin"), "bins": (4, "bin")}

@@ -1,6 +1,5 @@
 """PEFT and TRL on the model as on any other: LoRA trained, saved, loaded, merged; SFTTrainer on pictures and text."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,9 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
+from xcomposer.checkpoints import tiny
 
-import make_tiny_checkpoint as tiny  # noqa: E402
+REPO = Path(__file__).resolve().parents[1]
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
 

@@ -6,7 +6,6 @@ import io
 import os
 import sys
 
-import make_tiny_checkpoint as tiny
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # hidden at the top without torchvision
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # likewise
+
+from xcomposer.checkpoints import tiny
 
 WIDE, TALL, FLAT, SMALL = (
     str(GOLDEN / "images" / f"small_{size}.png") for size in ("150x100", "90x210", "300x60", "56x56")

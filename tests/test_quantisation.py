@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
+from xcomposer.checkpoints import quantisation_error as report
+from xcomposer.checkpoints import tiny
 
-import make_tiny_checkpoint as tiny  # noqa: E402
-import quantisation_error as report  # noqa: E402
+REPO = Path(__file__).resolve().parents[1]
 
 HAS = {package: importlib.util.find_spec(package) is not None for package in ("bitsandbytes", "torchao")}
 # Method of the report -> class of a quantised weight.
@@ -244,7 +243,7 @@ for make in (lambda: BitsAndBytesConfig(load_in_4bit=True), lambda: BitsAndBytes
 """  # noqa: E501
 TRY_REPORT = """
 sys.path.insert(0, sys.argv[2])
-import quantisation_error
+from xcomposer.checkpoints import quantisation_error
 for method in ("nf4", "ao-int8"):
     print(quantisation_error.main([sys.argv[1], "--methods", method]))
 """
@@ -253,7 +252,7 @@ for method in ("nf4", "ao-int8"):
 def test_a_backend_that_is_not_installed(source):
     """transformers' own errors name the package; the hook lets them through, and the report says so before loading."""
     run = subprocess.run(
-        [sys.executable, "-c", MISSING + TRY + TRY_REPORT, str(source), str(REPO / "tools")],
+        [sys.executable, "-c", MISSING + TRY + TRY_REPORT, str(source), str(REPO)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     lines = run.stdout.splitlines()

@@ -7,13 +7,14 @@ import itertools
 import random
 from contextlib import contextmanager
 
-import make_tiny_checkpoint as tiny
 import pytest
 import torch
 from conftest import CLOSE, GOLDEN, MARK, OPEN, load, read_golden
 from PIL import Image
 from transformers.cache_utils import DynamicCache
 from transformers.generation import StoppingCriteriaList
+
+from xcomposer.checkpoints import tiny
 
 CASES = read_golden("chat_cases.json")
 WORDS = "paper harbour garden night image sign line number title page red small first second window rain".split()

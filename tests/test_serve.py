@@ -1,4 +1,4 @@
-"""`transformers serve` after the opt-in of examples/serve_transformers.py, over HTTP on loopback."""
+"""`transformers serve` after the opt-in of xcomposer.serving.transformers_server, over HTTP on loopback."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import GOLDEN, MARK, REPO
+from conftest import GOLDEN, MARK
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -32,7 +32,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, REPO / "examples" / "serve_transformers.py", folder, "--trust-remote-code"]
+        command = [sys.executable, "-m", "xcomposer.serving.transformers_server", folder, "--trust-remote-code"]
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"]
         self.folder, self.log = str(folder), log
         self.process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
+from xcomposer.checkpoints import tiny
 
-import make_tiny_checkpoint as tiny  # noqa: E402
+REPO = Path(__file__).resolve().parents[1]
 
 GOLDEN_SHAPES = REPO / "tests" / "golden" / "tiny_shapes.json"
 

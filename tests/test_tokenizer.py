@@ -3,23 +3,20 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tools")]
-
-from make_fast_tokenizer import convert, differences, load_sentencepiece, main, mixed_corpus  # noqa: E402
-from make_tiny_checkpoint import train_tokenizer  # noqa: E402
-
-from tokenization_internlm_xcomposer2 import (  # noqa: E402
+from xcomposer.checkpoints.fast_tokenizer import convert, differences, load_sentencepiece, main, mixed_corpus
+from xcomposer.checkpoints.tiny import train_tokenizer
+from xcomposer.model.tokenization_internlm_xcomposer2 import (
     InternLMXComposer2Tokenizer,
     backend_from_sentencepiece,
     merges_by_score,
 )
+
+REPO = Path(__file__).resolve().parents[1]
 
 OPEN, END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 PROMPT = f"{OPEN}user\n请详细 describe 图片  😀\t\n{END}\n{OPEN}assistant\n"
@@ -68,7 +65,7 @@ def test_the_repo_class_is_loaded_where_the_config_names_it(tokenizer, folder):
 
 def test_encodes_and_decodes_as_sentencepiece(tokenizer, model_file):
     reference, pieces = load_sentencepiece(model_file)
-    paths = [path for pattern in ("*.py", "*.md", "tools/*.py") for path in REPO.glob(pattern)]
+    paths = [path for pattern in ("*.py", "*.md", "xcomposer/**/*.py") for path in REPO.glob(pattern)]
     lines = [line for path in sorted(paths) for line in path.read_text("utf-8").splitlines(keepends=True)]
     texts = [*lines, "".join(line for line in lines if "<" not in line), *mixed_corpus(pieces, 3000, seed=1)]
     assert len(lines) > 300
@@ -195,7 +192,7 @@ def test_a_vocabulary_with_other_settings_is_refused(tmp_path):
 
 def test_the_tool_writes_nothing_that_differs(tmp_path, monkeypatch, capsys):
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer())
-    monkeypatch.setattr("make_fast_tokenizer.backend_from_sentencepiece", _without_merges)
+    monkeypatch.setattr("xcomposer.checkpoints.fast_tokenizer.backend_from_sentencepiece", _without_merges)
     assert main([str(tmp_path)]) == 1
     assert "differ from SentencePiece, nothing written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]

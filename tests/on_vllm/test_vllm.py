@@ -16,7 +16,6 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import quote
 
-import make_tiny_checkpoint as tiny
 import numpy as np
 import pytest
 import torch
@@ -24,11 +23,10 @@ from conftest import CLOSE, OPEN, REPO
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-sys.path[:0] = [str(REPO / "examples")]
-
-import export_task_adapter  # noqa: E402
-import merge_task_adapter  # noqa: E402
-from serve_vllm import OVERRIDES  # noqa: E402
+from xcomposer.checkpoints import export as export_task_adapter
+from xcomposer.checkpoints import merge as merge_task_adapter
+from xcomposer.checkpoints import tiny
+from xcomposer.serving.vllm_server import OVERRIDES
 
 pytest.importorskip("vllm", reason="runs in an environment of its own: make test-vllm")
 
@@ -178,7 +176,7 @@ def test_merged_write_compiled_on_two_stages(tmp_path, checkpoint, media, transf
 
 # ------------------------------------------------------------------------------------------------------------ over HTTP
 
-SERVE = [sys.executable, str(REPO / "examples" / "serve_vllm.py")]
+SERVE = [sys.executable, "-m", "xcomposer.serving.vllm_server"]
 
 
 @pytest.fixture(scope="module")

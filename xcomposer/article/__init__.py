@@ -1,0 +1,1 @@
+"""Illustrated articles: the steps of writing one, and its files."""

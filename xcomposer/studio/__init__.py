@@ -1,0 +1,1 @@
+"""The web app: chat, webpages and articles in a browser."""
