@@ -285,7 +285,7 @@ def test_a_wrong_start_says_the_remedy_in_one_line(chat, argv, words):
 
 def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"has no weights .* git checkout"):
+    with pytest.raises(SystemExit, match=r"has no weights .*git checkout"):
         common.check_folder(tmp_path)
 
 
