@@ -93,7 +93,7 @@ class ChatMixin(ConversationMixin):
             tokenizer: the checkpoint's tokenizer; None takes `model.tokenizer`.
             query: text; `<ImageHere>` marks each picture's place (one picture may go unmarked).
             image: pictures and videos of the whole conversation, history first: one, or a list. Each is a path, a URL,
-                bytes, a PIL image, an array, a pixel tensor, or a list of frames; see `ixc_utils.load_media`.
+                bytes, a PIL image, an array, a pixel tensor, or a list of frames; see `load_media`.
             hd_num: most tiles a picture may have; None: 24 for one picture, 6 each for more.
             history: (query, answer) of the turns so far, as the last call returned it.
             infer_mode: task adapters that are on during this call: "base", "web", "write", or an adapter's name.

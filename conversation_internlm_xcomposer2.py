@@ -18,7 +18,8 @@ from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogits
 
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
 from .generation_internlm_xcomposer2 import PromptEmbeddings
-from .ixc_utils import check_hd_num, default_hd_num, image_tokens, load_media, media_grid, to_pixels, to_tiles
+from .ixc_utils import check_hd_num, default_hd_num, image_tokens, media_grid, to_pixels, to_tiles
+from .media_internlm_xcomposer2 import load_media
 from .prompting_internlm_xcomposer2 import (
     TURN_CLOSE,
     Prompt,

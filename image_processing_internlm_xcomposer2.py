@@ -21,9 +21,9 @@ from .ixc_utils import (
     default_hd_num,
     hd_grid,
     image_tokens,
-    load_media,
     to_tiles,
 )
+from .media_internlm_xcomposer2 import load_media
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
@@ -36,7 +36,7 @@ class InternLMXComposer2ImagesKwargs(TypedDict, total=False):
 
 
 def open_picture(source: Any) -> Any:
-    """`ixc_utils.load_media`, which also takes bare base64, as some chat clients send it."""
+    """`load_media`, which also takes bare base64, as some chat clients send it."""
     if isinstance(source, str) and _BASE64.fullmatch(source) and not os.path.exists(source):
         source = f"data:;base64,{''.join(source.split())}"
     return load_media(source)
@@ -116,7 +116,7 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         """Tiles of one picture, of a conversation's pictures (a list), or of several conversations' (a list of lists).
 
         Args:
-            images: see `ixc_utils.load_media` for what a picture may be.
+            images: see `load_media` for what a picture may be.
             hd_num: as in the class; or a list, one for each picture.
 
         Raises:

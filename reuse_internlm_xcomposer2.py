@@ -28,7 +28,7 @@ class Prefix(NamedTuple):
 
 
 def digest(picture: Any, *settings: Hashable) -> bytes:
-    """Content of an opened picture or video (see `ixc_utils.load_media`), and the settings that shape its tokens."""
+    """Content of an opened picture or video (see `load_media`), and the settings that shape its tokens."""
     content = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for part in picture if isinstance(picture, list) else [picture]:
         if isinstance(part, Image.Image):

@@ -16,7 +16,8 @@ from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_internlm_xcomposer2 import TileFields
-from .ixc_utils import BAND, choose_frames, get_font, load_media, load_video, to_tiles
+from .ixc_utils import BAND, choose_frames, get_font, to_tiles
+from .media_internlm_xcomposer2 import load_media, load_video
 
 
 class InternLMXComposer2VideosKwargs(TypedDict, total=False):

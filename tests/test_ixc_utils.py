@@ -7,7 +7,9 @@ import http.server
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -22,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from xcomposer.model import ixc_utils as ixc  # noqa: E402
+
+decoding = sys.modules[ixc.load_video.__module__.replace("media", "video_decoding")]
 
 GOLDEN = ROOT / "tests" / "golden"
 IMAGES = json.loads((GOLDEN / "image_cases.json").read_text())["cases"]
@@ -488,14 +492,14 @@ def test_only_kept_frames_become_pictures(monkeypatch):
             calls["picture"] += 1
             return self.frame.to_image()
 
-    numbered = ixc._AvReader._numbered
+    numbered = decoding._AvReader._numbered
 
     def counting(self, container, stream):
         for at, frame in numbered(self, container, stream):
             calls["decoded"] += 1
             yield at, Frame(frame)
 
-    monkeypatch.setattr(ixc._AvReader, "_numbered", counting)
+    monkeypatch.setattr(decoding._AvReader, "_numbered", counting)
     assert len(ixc.load_video(LONG, 8)) == 8 and calls["picture"] == 8
     with av.open(str(LONG)) as container:  # this clip has few key frames: all of it up to 690 may be needed
         keys = [n for n, p in enumerate(p for p in container.demux(video=0) if p.size) if p.is_keyframe]
@@ -506,7 +510,7 @@ def test_only_kept_frames_become_pictures(monkeypatch):
 
 def test_seek_that_lands_too_far_is_not_trusted(tmp_path, monkeypatch):
     path = make_clip(tmp_path / "far.mp4", "libx264", frames=60, g="10", bf="0")
-    opened = ixc._AvReader._container
+    opened = decoding._AvReader._container
 
     class Far:
         def __init__(self, container):
@@ -523,7 +527,7 @@ def test_seek_that_lands_too_far_is_not_trusted(tmp_path, monkeypatch):
         with opened(self) as (container, stream):
             yield Far(container), stream
 
-    monkeypatch.setattr(ixc._AvReader, "_container", far)
+    monkeypatch.setattr(decoding._AvReader, "_container", far)
     assert [frame_number(f) for f in ixc.load_video(path, start=5)] == [5, 15, 25, 35, 45, 55]
 
 
@@ -538,14 +542,14 @@ def test_header_that_promises_too_many_frames(tmp_path):
 
 def test_promised_frames_that_do_not_decode_are_not_counted(monkeypatch):
     pytest.importorskip("av")
-    index = ixc._AvReader._index
+    index = decoding._AvReader._index
     lies = iter([400])
 
     def lying(self, stamps):
         extra = next(lies, 0)
         index(self, stamps + [(stamps[-1][0] + 512 * (i + 1), False) for i in range(extra)])
 
-    monkeypatch.setattr(ixc._AvReader, "_index", lying)
+    monkeypatch.setattr(decoding._AvReader, "_index", lying)
     assert [frame_number(f) for f in ixc.load_video(CLIP, 8)] == [0, 30, 60]
 
 
@@ -574,7 +578,7 @@ class FakeVideo:
 @pytest.mark.parametrize("backend", ["torchcodec", "decord"])
 def test_other_decoders(backend, monkeypatch):
     fake = types.SimpleNamespace(VideoDecoder=FakeVideo, VideoReader=FakeVideo)
-    monkeypatch.setattr(ixc.importlib, "import_module", lambda name: {ixc.DECODERS[backend]: fake}[name])
+    monkeypatch.setattr(decoding.importlib, "import_module", lambda name: {ixc.DECODERS[backend]: fake}[name])
     for source in (CLIP, CLIP.read_bytes()):
         frames, times = ixc.load_video(source, return_timestamps=True, backend=backend)
         assert [frame.getpixel((5, 3)) for frame in frames] == [(n,) * 3 for n in (0, 10, 20)]
@@ -588,7 +592,7 @@ def test_decoder_preference_and_none_installed(monkeypatch):
         asked.append(name)
         raise {"av": ImportError, "torchcodec.decoders": RuntimeError, "decord": OSError}[name]
 
-    monkeypatch.setattr(ixc.importlib, "import_module", absent)
+    monkeypatch.setattr(decoding.importlib, "import_module", absent)
     with pytest.raises(ImportError, match="av, torchcodec, decord.*pip install av"):
         ixc.load_video(CLIP)
     assert asked == ["av", "torchcodec.decoders", "decord"]
@@ -802,14 +806,37 @@ def test_loads_as_remote_code_by_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "repo").mkdir()
-    shutil.copy(ROOT / "ixc_utils.py", tmp_path / "repo")
+    for name in ("ixc_utils", "media_internlm_xcomposer2", "video_decoding_internlm_xcomposer2"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path / "repo")
     loaded = dynamic.get_class_from_dynamic_module("ixc_utils.load_video", str(tmp_path / "repo"))
     assert loaded.__name__ == "load_video"
 
 
-def test_nothing_heavy_is_imported():
-    needed = dynamic_imports(ROOT / "ixc_utils.py")
-    assert needed <= {"PIL", "numpy", "torch"} | set(sys.stdlib_module_names)
+@pytest.mark.parametrize("name", ["ixc_utils", "media_internlm_xcomposer2", "video_decoding_internlm_xcomposer2"])
+def test_nothing_heavy_is_imported(name, tmp_path):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    assert dynamic_imports(tmp_path / f"{name}.py") <= {"PIL", "numpy", "torch"} | set(sys.stdlib_module_names)
+
+
+def test_geometry_needs_no_other_file(tmp_path):
+    """A copy of the file by itself transforms pictures; only reading a source asks for the files beside."""
+    shutil.copy(ROOT / "ixc_utils.py", tmp_path)
+    code = (
+        "import sys, ixc_utils; from PIL import Image; from ixc_utils import Image_transform, frame2img, get_font\n"
+        "assert Image_transform(Image.new('L', (9, 5)), 4, 56).size == (56, 56)\n"
+        "assert not any('xcomposer' in name for name in sys.modules)\n"
+        "try: ixc_utils.load_video\n"
+        "except ModuleNotFoundError as error: assert 'media_internlm_xcomposer2' in str(error)\n"
+        "try: ixc_utils.load_vidio\n"
+        "except AttributeError as error: assert 'load_vidio' in str(error)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_released_names_are_those_of_the_files_beside():
+    media = sys.modules[ixc.load_media.__module__]
+    assert all(getattr(ixc, name) is getattr(media, name) for name in ixc._OF_MEDIA)
 
 
 def dynamic_imports(path):

@@ -1,0 +1,1 @@
+../media_internlm_xcomposer2.py

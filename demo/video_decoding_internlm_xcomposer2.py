@@ -1,0 +1,1 @@
+../video_decoding_internlm_xcomposer2.py
