@@ -82,6 +82,10 @@ def resident_task_adapters(names: tuple[str, ...] | None) -> Iterator[None]:
         _RESIDENT.reset(token)
 
 
+# (id of a model, its infer_mode) whose joint adapters have been checked for the calls inside; None: check each time.
+CHECKED_ADAPTERS: ContextVar[tuple[int, str] | None] = ContextVar("checked task adapters", default=None)
+
+
 class JointAdapter(NamedTuple):
     """Task adapters that are active together as one pair: A (sum of ranks, in) and B (out, sum of ranks).
 
@@ -125,7 +129,7 @@ class AdaptedLinear(nn.Module):
         """Whether `stack(names)` was done and still holds: nobody has given a weight other memory since."""
         if self.joint is None or self.joint.names != names:
             return False
-        if self.joint.A is None or torch.compiler.is_compiling():
+        if self.joint.A is None or torch.compiler.is_compiling() or CHECKED_ADAPTERS.get() is not None:
             return True
         return all(
             pairs[name].weight.untyped_storage().data_ptr() == joint.untyped_storage().data_ptr()

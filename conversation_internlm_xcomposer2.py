@@ -289,14 +289,14 @@ class ConversationMixin:
             cache = self.reuse.take(conversation.key, stamp) if self._may_reuse(length) else None
             cache = cache or GrowingCache(self.config)
             embeds, image_mask = self._embed(conversation, cache.get_seq_length())
-            last.append(self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache)[:, :1])
+            last.append(self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache))
             caches.append(cache)
         lengths = [len(conversation.prompt.input_ids) for conversation in conversations]
         longest = max(lengths)
         starts = [longest - length for length in lengths]
         batch = stack(caches)
         caches.clear()
-        embeds = torch.cat(last).expand(-1, longest, -1)
+        embeds = torch.cat(last)
         mask = torch.arange(longest, device=embeds.device)[None] >= torch.tensor(starts, device=embeds.device)[:, None]
         generated = self.generate(
             inputs_embeds=embeds,

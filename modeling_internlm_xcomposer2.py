@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -30,6 +30,7 @@ from .ixc_utils import get_font, normalize, overview, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
+from .settings_internlm_xcomposer2 import check_settings, config_settings
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
@@ -46,7 +47,7 @@ RENAMINGS = [
 ]
 
 # Arguments of `generate` that bring or choose a cache.
-OTHER_CACHES = ("past_key_values", "cache_implementation", "generation_config", "assistant_model")
+OTHER_CACHES = ("past_key_values", "cache_implementation", "assistant_model", "is_assistant")
 
 
 class InternLMXComposer2PreTrainedModel(QuantisationMixin, PreTrainedModel):
@@ -205,13 +206,18 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
     ) -> PromptEmbeddings:
         """Embeddings of ids (B, T), with picture and video features in the places of their placeholders.
+
+        Args:
+            mm_token_type_ids: (B, T), 0 where a placeholder id is text that somebody typed. None: nowhere.
 
         Raises:
             ValueError: placeholders and features differ in number.
         """
         embeds = PromptEmbeddings(self.get_input_embeddings(), input_ids)
+        typed = None if mm_token_type_ids is None else mm_token_type_ids == 0
         for pixels, grids, token_id, features_of, kind in (
             (pixel_values, image_grid_thw, self.config.image_token_id, self.get_image_features, "image"),
             (pixel_values_videos, video_grid_thw, self.config.video_token_id, self.get_video_features, "video"),
@@ -219,6 +225,8 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
             if pixels is None:
                 continue
             slots = input_ids == token_id
+            if typed is not None:
+                slots &= ~typed
             features = torch.cat(features_of(pixels, grids, return_dict=True).pooler_output)
             if int(slots.sum()) != len(features):
                 raise ValueError(
@@ -257,10 +265,11 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         image_mask = mm_token_type_ids if im_mask is None else im_mask
         has_pictures = pixel_values is not None or pixel_values_videos is not None
         if inputs_embeds is None:
-            pictures = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-            inputs_embeds = self.prompt_embeddings(input_ids, *pictures).read()
             if image_mask is None and has_pictures:
                 image_mask = self.image_slots(input_ids)
+            types = None if image_mask is None else image_mask[:, -input_ids.shape[1] :]
+            pictures = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+            inputs_embeds = self.prompt_embeddings(input_ids, *pictures, mm_token_type_ids=types).read()
         elif has_pictures:
             raise ValueError("pixels need input_ids to say where they stand; got inputs_embeds in their place")
         if image_mask is not None:
@@ -372,19 +381,43 @@ class InternLMXComposer2ForCausalLM(
             attentions=outputs.attentions,
         )
 
-    def generate(self, *args, im_mask: Tensor | None = None, **kwargs):
-        """transformers' `generate`; `im_mask` (B, T) is the released name of `mm_token_type_ids`."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        im_mask: Tensor | None = None,
+        **kwargs,
+    ):
+        """transformers' `generate`, and:
+
+        Args:
+            im_mask: (B, T), the released name of `mm_token_type_ids`.
+            infer_mode: which task adapters are on, see `forward`.
+
+        Raises:
+            ValueError: a setting of a wrong kind or out of its range, see `SETTINGS`.
+        """
+        check_settings({"generation_config": generation_config})
+        check_settings(config_settings(generation_config))
+        kwargs = check_settings(kwargs)
         if im_mask is not None:
             kwargs["mm_token_type_ids"] = im_mask.long()
-        others = any(kwargs.get(name) is not None for name in OTHER_CACHES)  # an empty cache counts, too
-        if not others and kwargs.get("use_cache", True):
+        said = config_settings(self.generation_config) | config_settings(generation_config) | kwargs
+        # Whoever brings or chooses a cache has it; an empty one counts, too. A draft's model keeps transformers' own.
+        others = any(said.get(name) is not None for name in OTHER_CACHES)
+        if not others and said.get("use_cache") is not False:
             kwargs["past_key_values"] = GrowingCache(self.config)
-        return super().generate(*args, **kwargs)
+        with self.task_adapters_checked(kwargs.get("infer_mode", "base")):
+            return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs
     ) -> dict:
         """What follows the prompt is text: decode steps carry neither pictures nor an image mask."""
+        types = kwargs.get("mm_token_type_ids")
+        if types is not None and types.shape[1] < input_ids.shape[1]:  # transformers' drafts are longer than their types
+            kwargs["mm_token_type_ids"] = nn.functional.pad(types, (0, input_ids.shape[1] - types.shape[1]))
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
 
-from .build_mlp import AdaptedLinear, resident_task_adapters
+from .build_mlp import CHECKED_ADAPTERS, AdaptedLinear, resident_task_adapters
 
 logger = logging.get_logger(__name__)
 
+SHARDED_BY = ("tp_plan", "tp_size", "device_mesh", "distributed_config")  # arguments that cut weights up in loading
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "subfolder")
 
 
@@ -65,7 +66,7 @@ class TaskAdapterMixin:
             raise ValueError(f"task_adapters={task_adapters!r}; use 'lazy', 'all', or a list of names such as ['web']")
         # Where the weights do not simply come from files, or are cut up on the way, everything is loaded at once.
         eager = pretrained_model_name_or_path is None or any(
-            kwargs.get(name) is not None for name in ("state_dict", "gguf_file", "tp_plan", "device_mesh")
+            kwargs.get(name) is not None for name in ("state_dict", "gguf_file", *SHARDED_BY)
         )
         names = None if eager or task_adapters == "all" else () if task_adapters == "lazy" else tuple(task_adapters)
         with resident_task_adapters(names):
@@ -146,21 +147,36 @@ class TaskAdapterMixin:
                     if name in pairs:
                         del pairs[name]
 
+    @contextmanager
+    def task_adapters_checked(self, infer_mode: str) -> Iterator[None]:
+        """Inside, a mode's adapters are in memory and known to be as they were: not each step looks at every layer."""
+        outer = CHECKED_ADAPTERS.set(None)
+        try:
+            with torch.no_grad():
+                self._need_task_adapters(infer_mode)
+            CHECKED_ADAPTERS.set((id(self), infer_mode))
+            yield
+        finally:
+            CHECKED_ADAPTERS.reset(outer)
+
     def _need_task_adapters(self, infer_mode: str) -> None:
         """Have the adapters of a mode in memory, and several of them (write) stacked into one."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and CHECKED_ADAPTERS.get() == (id(self), infer_mode):
+            return
         if infer_mode == self._merged_mode:
             return
-        if self._merged_mode is not None and infer_mode != "base":
+        if self._merged_mode is not None:
             raise ValueError(
-                f"{self._merged_mode!r} is merged into the weights: infer_mode={infer_mode!r} cannot run now"
+                f"the adapters of {self._merged_mode!r} are merged into the weights: infer_mode={infer_mode!r} would "
+                f"answer with them on; leave `merged_task_adapter` first"
             )
         names = self.config.adapters_of(infer_mode)
         self.load_task_adapters(names)
-        if len(names) > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if len(names) > 1 and not torch.is_grad_enabled() and not compiling:
             for _, module in self._adapted_linears():
-                if module.is_joint(names) == self.stack_task_adapters:
-                    break  # so are the others
-                module.stack(names) if self.stack_task_adapters else module.part()
+                if module.is_joint(names) != self.stack_task_adapters:
+                    module.stack(names) if self.stack_task_adapters else module.part()
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """transformers' `save_pretrained`, with the task adapters that are still on disk."""

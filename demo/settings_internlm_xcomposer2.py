@@ -1,0 +1,1 @@
+../settings_internlm_xcomposer2.py

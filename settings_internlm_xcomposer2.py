@@ -1,0 +1,242 @@
+"""One check of generation settings, before anything is computed: `SETTINGS` says what each of them takes.
+
+transformers finds some wrong values itself, late and one by one, some in its inner loops only, and some never. What it
+reports well (unknown modes, options that exclude each other) is left to it: `GenerationConfig` is asked early.
+"""
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+
+MOST_TOKENS = 2**20  # ten times what this model is known for; a larger number is a slip, and would run for days
+MOST_ROWS = 256  # beams or returned sequences: each is a row of the cache
+MOST_TILES = 4096  # of one picture: 1.7 million tokens at 560 pixels a tile
+MOST_SEED = 2**63 - 1
+COLDEST = 1e-6  # logits divided by less overflow
+
+# What a conversation passes to `generate` itself, and what has no meaning beside it.
+OWN_INPUTS = ("inputs", "custom_generate", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask")
+
+
+class Rule(NamedTuple):
+    """What one setting takes.
+
+    Args:
+        wants: in words, for the error.
+        read: a value as `generate` takes it; TypeError, ValueError or OverflowError where it is none.
+    """
+
+    wants: str
+    read: Callable[[Any], Any]
+
+
+def short(value: Any, length: int = 120) -> str:
+    """`repr` of a value, cut: messages stay readable whatever a caller passed."""
+    if isinstance(value, str | bytes):
+        value = value[:length]  # the repr of megabytes takes its time
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def whole(low: int, high: int) -> Rule:
+    """A whole number in [low, high], NumPy's too; no bool."""
+
+    def read(value: Any) -> int:
+        _require(not isinstance(value, bool))
+        number = operator.index(value)
+        _require(low <= number <= high)
+        return number
+
+    return Rule(f"a whole number from {low} to {high}", read)
+
+
+def real(low: float, high: float = math.inf) -> Rule:
+    """A finite number in [low, high]; no bool, no text."""
+
+    def read(value: Any) -> float:
+        _require(not isinstance(value, bool | str | bytes))
+        number = float(value)
+        _require(math.isfinite(number) and low <= number <= high)
+        return number
+
+    return Rule(f"a number of {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}", read)
+
+
+def _read_flag(value: Any) -> bool:
+    _require(type(value).__name__ in ("bool", "bool_"))  # NumPy's and Python's
+    return bool(value)
+
+
+def _read_token_ids(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    ids = list(value) if isinstance(value, list | tuple | set | range) else [value]
+    _require(len(ids) > 0 and all(not isinstance(token, bool) and operator.index(token) >= -1 for token in ids))
+    return value if isinstance(value, int) else [operator.index(token) for token in ids]
+
+
+def _read_words_ids(value: Any) -> list[list[int]]:
+    words = [list(word) for word in value]
+    _require(bool(words) and all(words))
+    _require(all(not isinstance(token, bool) and operator.index(token) >= 0 for word in words for token in word))
+    return words
+
+
+def _read_stop_strings(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else list(value)
+    _require(len(strings) > 0 and all(isinstance(string, str) and string for string in strings))
+    return strings
+
+
+def _read_streamer(value: Any) -> Any:
+    _require(callable(getattr(value, "put", None)) and callable(getattr(value, "end", None)))
+    return value
+
+
+def _read_callables(value: Any) -> Any:
+    _require(not isinstance(value, str) and all(callable(entry) for entry in value))
+    return value
+
+
+def _read_decay(value: Any) -> Any:
+    start, factor = value
+    return whole(0, MOST_TOKENS).read(start), real(0.001, 1000).read(factor)
+
+
+def instance_of(kind: type, remedy: str = "") -> Rule:
+    def read(value: Any) -> Any:
+        _require(isinstance(value, kind))
+        return value
+
+    return Rule(f"an object of transformers' {kind.__name__}{remedy}", read)
+
+
+def refused(reason: str) -> Rule:
+    def read(value: Any) -> Any:
+        raise ValueError
+
+    return Rule(f"nothing: {reason}", read)
+
+
+FLAG = Rule("True or False", _read_flag)
+TOKEN_IDS = Rule("a token id, or a list of them", _read_token_ids)
+CALLABLES = Rule("a list of callables", _read_callables)
+SHARE = real(0.0, 1.0)
+COUNT = whole(0, MOST_TOKENS)
+
+SETTINGS: dict[str, Rule] = {
+    # How much
+    "max_new_tokens": whole(1, MOST_TOKENS),
+    "min_new_tokens": COUNT,
+    "max_length": whole(1, MOST_TOKENS),
+    "min_length": COUNT,
+    "max_time": real(0.0),
+    "num_return_sequences": whole(1, MOST_ROWS),
+    "stop_strings": Rule("a text that is not empty, or a list of such texts", _read_stop_strings),
+    "eos_token_id": TOKEN_IDS,
+    "pad_token_id": whole(-1, MOST_SEED),
+    # How a token is chosen
+    "do_sample": FLAG,
+    "num_beams": whole(1, MOST_ROWS),
+    "temperature": real(0.0),
+    "top_p": SHARE,
+    "top_k": COUNT,
+    "min_p": SHARE,
+    "top_h": SHARE,
+    "typical_p": SHARE,
+    "epsilon_cutoff": SHARE,
+    "eta_cutoff": SHARE,
+    "repetition_penalty": real(0.001, 1000),
+    "encoder_repetition_penalty": real(0.001, 1000),
+    "length_penalty": real(-100, 100),
+    "exponential_decay_length_penalty": Rule("a pair (start, factor from 0.001 to 1000)", _read_decay),
+    "no_repeat_ngram_size": COUNT,
+    "bad_words_ids": Rule("a list of lists of token ids, none empty", _read_words_ids),
+    "suppress_tokens": TOKEN_IDS,
+    "begin_suppress_tokens": TOKEN_IDS,
+    "forced_bos_token_id": TOKEN_IDS,
+    "forced_eos_token_id": TOKEN_IDS,
+    "renormalize_logits": FLAG,
+    "remove_invalid_values": FLAG,
+    "logits_processor": CALLABLES,
+    "stopping_criteria": CALLABLES,
+    "guidance_scale": real(0.0, 1000),
+    "seed": whole(-1, MOST_SEED),
+    # How it is computed
+    "use_cache": FLAG,
+    "past_key_values": instance_of(Cache),
+    "generation_config": instance_of(GenerationConfig),
+    "prefill_chunk_size": whole(1, MOST_TOKENS),
+    "prompt_lookup_num_tokens": whole(1, 1024),
+    "max_matching_ngram_size": whole(1, 1024),
+    "num_assistant_tokens": whole(1, 1024),
+    "assistant_confidence_threshold": SHARE,
+    "assistant_early_exit": refused(
+        "this model has not been trained to leave its layers early; use prompt_lookup_num_tokens or assistant_model"
+    ),
+    "token_healing": FLAG,
+    # What comes back
+    "streamer": Rule("an object with the methods put and end", _read_streamer),
+    "return_dict_in_generate": FLAG,
+    "output_scores": FLAG,
+    "output_logits": FLAG,
+    "output_attentions": FLAG,
+    "output_hidden_states": FLAG,
+    # The conversation's
+    "hd_num": whole(1, MOST_TILES),
+    "use_meta": FLAG,
+    "escape_control_tokens": FLAG,
+}
+
+
+def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as `generate` takes them; None means that one is not given, and a name without a rule passes.
+
+    Raises:
+        ValueError: names the setting, its value, and what it takes.
+    """
+    settings = dict(given)
+    for name, value in given.items():
+        rule = SETTINGS.get(name)
+        if value is None or rule is None:
+            continue
+        try:
+            settings[name] = rule.read(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{name} is {short(value)}; it takes {rule.wants}") from error
+    temperature = settings.get("temperature")
+    if settings.get("do_sample") and temperature is not None and temperature < COLDEST:
+        raise ValueError(
+            f"temperature is {temperature}: sampling needs {COLDEST:g} or more; pass do_sample=False for "
+            f"the likeliest token at each step"
+        )
+    return settings
+
+
+def config_settings(config: GenerationConfig | None) -> dict[str, Any]:
+    """What a generation config says: its fields that are not None."""
+    fields = {} if config is None else vars(config)
+    return {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise a ValueError for a name that is no setting of `generate`, or that a conversation sets by itself."""
+    arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs", *OWN_INPUTS}
+    known = {*vars(GenerationConfig()), *arguments, *SETTINGS, "assistant_tokenizer"}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), 1)
+            hint = f"did you mean {near[0]}?" if near else "see transformers' GenerationConfig for those there are"
+            raise ValueError(f"{short(name)} is no setting of this method; {hint}")
