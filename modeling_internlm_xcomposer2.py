@@ -416,7 +416,7 @@ class InternLMXComposer2ForCausalLM(
     ) -> dict:
         """What follows the prompt is text: decode steps carry neither pictures nor an image mask."""
         types = kwargs.get("mm_token_type_ids")
-        if types is not None and types.shape[1] < input_ids.shape[1]:  # transformers' drafts are longer than their types
+        if types is not None and types.shape[1] < input_ids.shape[1]:  # transformers' drafts come without types
             kwargs["mm_token_type_ids"] = nn.functional.pad(types, (0, input_ids.shape[1] - types.shape[1]))
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
