@@ -242,7 +242,7 @@ class InternLMXcomposer2Config(PretrainedConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) lies outside the vocabulary of {vocab_size}")
 
         if kwargs.get("attn_implementation") == "flash_attention_2" and not is_flash_attn_2_available():
-            logger.warning_once("flash-attn is asked for but not installed: attention runs on PyTorch's SDPA.")
+            logger.info("flash-attn is asked for but not installed: attention runs on PyTorch's SDPA.")
             kwargs["attn_implementation"] = "sdpa"
         super().__init__(**kwargs)
 

@@ -5,7 +5,7 @@ Legend: n pictures, N tiles of all of them, tile = side of one ViT input in pixe
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -25,6 +25,11 @@ from .ixc_utils import (
 )
 from .media_internlm_xcomposer2 import load_media
 
+# Arguments that say where a file is to be found; what is left after reading is for the constructor.
+HUB_OPTIONS = (
+    "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder", "_from_auto",
+    "_from_pipeline", "image_processor_filename",
+)  # fmt: skip
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
@@ -82,6 +87,25 @@ class TileFields:
             return {}
         vision = {**VISION_DEFAULTS, **(config.get("vision_config") or {})}
         return {"tile": vision["image_size"], "patch_size": vision["patch_size"]}
+
+    @classmethod
+    def read_fields(cls, library: Callable, name: str | os.PathLike, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of a processor, and the arguments left over.
+
+        The processor's own file, read by `library`, stands over the checkpoint's `config.json`. Releases have no such
+        file: theirs are the defaults.
+
+        Raises:
+            OSError: neither file is there.
+        """
+        sizes = cls.fields_of_checkpoint(name, **kwargs)
+        try:
+            fields, kwargs = library(name, **kwargs)
+        except OSError:
+            if not sizes:
+                raise
+            fields, kwargs = {}, {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
+        return {**sizes, **fields}, kwargs
 
 
 class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
@@ -146,10 +170,8 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """The library's, with the tile of the checkpoint's `config.json` where the file does not say."""
-        sizes = cls.fields_of_checkpoint(pretrained_model_name_or_path, **kwargs)
-        fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-        return {**sizes, **fields}, kwargs
+        """See `read_fields`."""
+        return cls.read_fields(super().get_image_processor_dict, pretrained_model_name_or_path, **kwargs)
 
 
 __all__ = ["InternLMXComposer2ImageProcessor"]

@@ -8,6 +8,7 @@ Legend: B texts, T tokens, n pictures, N tiles of all of them.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -102,6 +103,15 @@ class InternLMXComposer2Processor(ProcessorMixin):
             raise ValueError(f"the tokenizer lacks {self.image_token} or {self.video_token}; use this model's")
         self.image_token_id, self.video_token_id = ids
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The library's; a release has no chat template, and gets the one beside this file."""
+        fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        template = Path(__file__).with_name("chat_template.jinja")
+        if fields.get("chat_template") is None and template.is_file():
+            fields["chat_template"] = template.read_text(encoding="utf-8")
+        return fields, kwargs
 
     def check_argument_for_proper_class(self, argument_name, argument):
         """The library's check, but for the video processor: its base class goes unexported without torchvision."""

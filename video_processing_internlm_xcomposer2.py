@@ -145,11 +145,10 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
 
     @classmethod
     def get_video_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """The library's, with the tile of the checkpoint's `config.json` where the file does not say."""
-        sizes = cls.fields_of_checkpoint(pretrained_model_name_or_path, **kwargs)
-        fields, kwargs = super().get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
+        """See `read_fields`."""
+        fields, kwargs = cls.read_fields(super().get_video_processor_dict, pretrained_model_name_or_path, **kwargs)
         folder = Path(pretrained_model_name_or_path)
-        return {**sizes, "font": str(folder) if folder.is_dir() else None, **fields}, kwargs
+        return {"font": str(folder) if folder.is_dir() else None, **fields}, kwargs
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: all but the font, which belongs to this machine."""
