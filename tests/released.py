@@ -1,4 +1,4 @@
-"""A folder as a release is downloaded: weights, a flat config, a tokenizer of another name, and code that must not run."""
+"""A folder as it is downloaded: weights, a flat config, a tokenizer of another name, and code that must not run."""
 
 import json
 import os

@@ -131,7 +131,8 @@ def test_a_folder_that_is_not_ours_is_left_to_transformers(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "configuration_internlm2.py").write_text(
-        "from transformers import PretrainedConfig\n\n\nclass InternLM2Config(PretrainedConfig):\n    model_type = 'internlm2'\n"
+        "from transformers import PretrainedConfig\n\n\n"
+        "class InternLM2Config(PretrainedConfig):\n    model_type = 'internlm2'\n"
     )
     assert not is_family(fields)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
