@@ -137,6 +137,7 @@ class AdaptedLinear(nn.Module):
             for name in names
         )
 
+    @torch.inference_mode(False)  # weights of that mode could not be trained later
     @torch.no_grad()
     def stack(self, names: tuple[str, ...]) -> None:
         """Let these task adapters run as one pair of matmuls where no gradient is asked for.
@@ -156,6 +157,7 @@ class AdaptedLinear(nn.Module):
             a.weight.data, b.weight.data = rows, columns
         self.joint = JointAdapter(names, low, high)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def part(self, *_) -> None:
         """Undo `stack`: every weight has memory of its own again."""

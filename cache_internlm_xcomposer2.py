@@ -120,6 +120,12 @@ def cache_bytes(cache: GrowingCache) -> int:
     return sum(t.untyped_storage().nbytes() for layer in filled for t in (layer.keys, layer.values))
 
 
+def row_bytes(cache: GrowingCache) -> int:
+    """Bytes of one position of one row."""
+    filled = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(t.shape[1] * t.shape[3] * t.element_size() for layer in filled for t in (layer.keys, layer.values))
+
+
 def drop_room(cache: GrowingCache) -> None:
     """Give back the room to grow, one layer after the other."""
     for layer in cache.layers:

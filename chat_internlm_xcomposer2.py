@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
-from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of, seeded
+from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of
 from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, check_history, cut_answer, with_turn
+from .threads_internlm_xcomposer2 import seeded
 from .webpage_internlm_xcomposer2 import (
     PUBLIC_FILE,
     RESUME_QUERY,
@@ -54,6 +55,9 @@ def settled(ids: Sequence[int], tokenizer) -> int:
     return end
 
 
+# Seconds that leaving a stream waits for its step under way, at most; the step then ends by itself.
+LEAVING_S = 10.0
+
 # Defaults of `stream_chat` and `batch_chat`: those of `chat`.
 CHAT_SETTINGS: dict[str, Any] = {
     "max_new_tokens": 1024,
@@ -65,7 +69,13 @@ CHAT_SETTINGS: dict[str, Any] = {
 
 
 class ChatMixin(ConversationMixin):
-    """`chat`, `write_artical` and the webpage methods of the release, and `stream_chat` and `batch_chat`."""
+    """`chat`, `write_artical` and the webpage methods of the release, and `stream_chat` and `batch_chat`.
+
+    Each may be called from several threads, and gives what it would give alone. Sources are read and prompts laid out
+    side by side. What computes or changes weights takes turns, one whole answer at a time: these methods, `generate`,
+    loading, merging and saving task adapters. So a streamer must not wait for another call of the same model. `forward`
+    by itself does not wait. An iterator of `stream_chat` that nobody reads on has its turn to the end of its answer.
+    """
 
     @torch.no_grad()
     def chat(
@@ -142,8 +152,9 @@ class ChatMixin(ConversationMixin):
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """As `chat`, but yields (answer so far, history with it) as the answer grows, last what `chat` returns.
 
-        Characters appear whole. The conversation is opened and checked in this call, before the first step. Leaving
-        the iterator early stops the generation; what generation raises is raised here.
+        Characters appear whole. The conversation is opened and checked in this call, before the first step; a thread
+        then generates, whether or not the answer is read. Leaving the iterator early stops it; what it raises is
+        raised here.
         """
         check_history(history)
         history = list(history or ())
@@ -164,10 +175,11 @@ class ChatMixin(ConversationMixin):
 
             def generate() -> None:
                 try:  # a thread starts with PyTorch's own modes, not with the caller's
-                    with torch.no_grad(), torch.autocast(device_type, *autocast):
-                        self._answer(
-                            tokenizer, conversation, infer_mode, streamer=queue, stopping_criteria=stop, **settings
-                        )
+                    with self.compute_lock.unless(left) as turn, torch.autocast(device_type, *autocast):
+                        if turn:
+                            self._answer(
+                                tokenizer, conversation, infer_mode, streamer=queue, stopping_criteria=stop, **settings
+                            )
                 except BaseException as error:  # noqa: B036 - raised again in the reading thread
                     failure.append(error)
                 finally:
@@ -183,12 +195,13 @@ class ChatMixin(ConversationMixin):
                     yield text, with_turn(history, query, text)
                 thread.join()
                 if failure:
-                    raise failure[0]
+                    raise failure.pop()  # kept here, it would hold its frames, and they hold it
                 text = cut_answer(tokenizer.decode(ids, skip_special_tokens=True))
                 yield text, with_turn(history, query, text)
             finally:
                 left.set()
-                thread.join()
+                if thread is not threading.current_thread():  # a forgotten iterator is closed by whoever finds it
+                    thread.join(LEAVING_S)
 
         return stream()
 

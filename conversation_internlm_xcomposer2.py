@@ -8,15 +8,16 @@ Legend: B conversations, T prompt tokens, D decoder width, L image tokens of one
 """
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.utils import logging
 
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
+from .fingerprint_internlm_xcomposer2 import Stamp, UnreadableWeight, hooks_of, part_of, parts_of, stamp_of
 from .generation_internlm_xcomposer2 import PromptEmbeddings
 from .ixc_utils import check_hd_num, default_hd_num, image_tokens, media_grid, to_pixels, to_tiles
 from .media_internlm_xcomposer2 import load_media
@@ -29,7 +30,10 @@ from .prompting_internlm_xcomposer2 import (
     tokenize_prompt,
     tokenize_with,
 )
-from .reuse_internlm_xcomposer2 import ReuseStore, digest, weights_stamp
+from .reuse_internlm_xcomposer2 import ReuseStore, digest
+from .threads_internlm_xcomposer2 import ComputeLock, takes_turns
+
+logger = logging.get_logger(__name__)
 
 # That the penalty spares the prompt is what the release does.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
@@ -59,17 +63,6 @@ def as_list(image: Any) -> list[Any]:
     return list(image) if isinstance(image, list | tuple) else [image]
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Sample from `seed` inside, and leave the caller's random state alone. -1: no seed."""
-    if seed == -1:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
 def place_of(module: torch.nn.Module) -> torch.device:
     """Where a module computes. Offloaded weights lie on "meta" until accelerate's hook fetches them for a call."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -79,10 +72,22 @@ def place_of(module: torch.nn.Module) -> torch.device:
 
 
 class ConversationMixin:
-    """The steps of a call, and the embedding helpers that the release's clients use."""
+    """The steps of a call, and the embedding helpers that the release's clients use.
+
+    Several threads may call one model: reading sources and prompts goes on side by side, computing takes turns.
+    """
 
     tokenizer: Any
     reuse: ReuseStore
+    compute_lock: ComputeLock
+
+    def _apply(self, *args, **kwargs):
+        """`.to(..)` and its like: what was kept in another dtype or elsewhere is of no use any more."""
+        before = self.dtype, self.device
+        super()._apply(*args, **kwargs)
+        if (self.dtype, self.device) != before:
+            self.reuse.clear()
+        return self
 
     def _tokenizer(self, tokenizer):
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
@@ -127,11 +132,10 @@ class ConversationMixin:
         """An opened picture -> pixels (3, H, W)."""
         return to_pixels(picture, hd_num, self.config.tile, self.font)
 
-    def _features(self, conversation: Conversation, seen: int) -> list[Tensor | None]:
+    def _features(self, conversation: Conversation, seen: int, stamp: Stamp | None) -> list[Tensor | None]:
         """Each picture's embeddings (L, D), kept or newly computed; None where the cache has its rows already."""
         needed = [end > seen for _, end in conversation.prompt.image_spans]
-        keep = any(needed) and self.reuse.picture_bytes > 0 and not torch.is_grad_enabled()
-        stamp = self._picture_stamp() if keep else None
+        keep = any(needed) and self.reuse.picture_bytes > 0 and stamp is not None and not torch.is_grad_enabled()
         keys = [(stamp, content) for content in conversation.digests]
         found = [self.reuse.picture(key) if need and keep else None for key, need in zip(keys, needed, strict=True)]
         missing = [i for i, need in enumerate(needed) if need and found[i] is None]
@@ -146,17 +150,20 @@ class ConversationMixin:
                     self.reuse.keep_picture(keys[i], feature)
         return found
 
-    def _embed(self, conversation: Conversation, seen: int = 0) -> tuple[PromptEmbeddings, Tensor]:
+    def _embed(
+        self, conversation: Conversation, seen: int = 0, stamp: Stamp | None = None
+    ) -> tuple[PromptEmbeddings, Tensor]:
         """Embeddings of a conversation and its image mask (1, T), 1 at image tokens.
 
         Args:
             seen: positions that a cache holds: pictures that end before are not embedded.
+            stamp: what kept pictures must have been embedded under; None: embed all anew.
         """
         embedding = self.get_input_embeddings()
         input_ids = torch.tensor([conversation.prompt.input_ids], device=place_of(embedding))
         embeds = PromptEmbeddings(embedding, input_ids)
         image_mask, slots = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-        features = self._features(conversation, seen)
+        features = self._features(conversation, seen, stamp)
         for (start, end), feature in zip(conversation.prompt.image_spans, features, strict=True):
             image_mask[0, start:end] = 1
             slots[0, start:end] = feature is not None
@@ -165,35 +172,48 @@ class ConversationMixin:
             embeds.place(slots, found[0] if len(found) == 1 else torch.cat(found))
         return embeds, image_mask
 
-    def _circumstances(self) -> Hashable:
-        """What every kept tensor depends on besides weights."""
+    def _stamps(self, infer_mode: str | None) -> tuple[Stamp | None, Stamp | None]:
+        """What kept pictures, and kept caches of a mode, depend on besides what was asked; frees what is outdated.
+
+        Loads the mode's adapters, which count.
+
+        Args:
+            infer_mode: None: no cache is asked for, and the decoder need not be looked at.
+
+        Returns:
+            None in the place of what must not be kept, by the limits or because a weight cannot be read.
+        """
+        if infer_mode is not None:
+            self._need_task_adapters(infer_mode)
+        if not self.reuse.enabled:
+            return None, None
         device_type = place_of(self).type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return autocast, self.training, self.config._attn_implementation
-
-    def _picture_stamp(self) -> Hashable:
-        """What kept picture embeddings depend on besides the picture."""
-        weights = weights_stamp(self.model, skip=lambda name: name.startswith("language_model."))
-        return weights, self._circumstances()
-
-    def _prefix_stamp(self, infer_mode: str) -> Hashable:
-        """What kept caches depend on besides the conversation; loads the mode's adapters, which count."""
-        self._need_task_adapters(infer_mode)
-        if not self.reuse.prefix_bytes:
-            return None
-        active = self.config.adapters_of(infer_mode)
-        others = tuple(f".{name}.weight" for name in self.config.task_adapter_ranks if name not in active)
-        weights = weights_stamp(self.model, skip=lambda name: ".task_" in name and name.endswith(others))
-        return weights, infer_mode, self._circumstances()
+        parts = parts_of(self.model, part_of)
+        try:
+            pictures = stamp_of(parts, ["vision"], (autocast, self.config.vision_config._attn_implementation))
+            self.reuse.drop_outdated(pictures)
+            if infer_mode is None or not self.reuse.prefix_bytes:
+                return pictures, None
+            about = infer_mode, self._merged_mode, self.config.text_config._attn_implementation, hooks_of(self)
+            names = ["decoder", *self.config.adapters_of(infer_mode)]
+            prefixes = stamp_of(parts, names, (*pictures.circumstances, *about))
+        except UnreadableWeight as error:
+            logger.warning_once(f"nothing is kept between turns: a weight of type {error} cannot be compared")
+            return None, None
+        # A merged adapter's weights come and go: they are another part, not the end of the plain ones.
+        merged = tuple(((name, self._merged_mode), content) for name, content in prefixes.contents)
+        prefixes = Stamp(prefixes.circumstances, pictures.contents + merged)
+        self.reuse.drop_outdated(prefixes)
+        return pictures, prefixes
 
     def _may_reuse(self, length: int) -> bool:
         """Whether rows of a prompt of `length` tokens are the same in every longer prompt.
 
         Beyond `max_position_embeddings` dynamic rope turns the whole prompt by its length.
         """
-        text_config = self.config.text_config
-        dynamic = text_config.rope_parameters["rope_type"] == "dynamic"
-        return self.reuse.prefix_bytes > 0 and (not dynamic or length <= text_config.max_position_embeddings)
+        rotary = self.model.language_model.rotary_emb
+        return self.reuse.prefix_bytes > 0 and (rotary.factor is None or length <= rotary.max_position)
 
     @staticmethod
     def _settings(tokenizer, do_sample: bool, kwargs: dict) -> dict:
@@ -208,19 +228,20 @@ class ConversationMixin:
             **kwargs,
         }
 
+    @takes_turns
     def _answer(self, tokenizer, conversation: Conversation, infer_mode: str, do_sample: bool, **kwargs) -> str:
         """Generate after one conversation and cut the answer; keeps its cache for the next turn."""
         settings = self._settings(tokenizer, do_sample, kwargs)
         if settings.get("prompt_lookup_num_tokens") or settings.get("assistant_model"):
             return self._answer_from_ids(tokenizer, conversation, infer_mode, settings)
-        stamp = self._prefix_stamp(infer_mode)
+        pictures, stamp = self._stamps(infer_mode)
         length = len(conversation.prompt.input_ids)
         own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
-        reusable = not own_cache and self._may_reuse(length)
+        reusable = not own_cache and stamp is not None and self._may_reuse(length)
         cache = self.reuse.take(conversation.key, stamp) if reusable else None
         if not own_cache:
             cache = settings["past_key_values"] = cache or GrowingCache(self.config)
-        embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0)
+        embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0, pictures)
         if cache is not None and self.share_prefill and length > self.embedded_whole:
             inputs_embeds = self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache)
         else:
@@ -243,12 +264,12 @@ class ConversationMixin:
         positions = torch.arange(image_mask.shape[1], device=image_mask.device)[None]
         return {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}
 
-    def _keep(self, conversation: Conversation, answer: list[int], stamp: Hashable, cache: GrowingCache, row: int = 0):
+    def _keep(self, conversation: Conversation, answer: list[int], stamp: Stamp, cache: GrowingCache, row: int = 0):
         """Keep one row of a cache for the next turn: the prompt, and the answer where one row made it."""
         prompt = len(conversation.prompt.input_ids)
         batched = len(cache.layers[0].keys) > 1
         key = [*conversation.key, *answer]
-        limit = self.config.text_config.max_position_embeddings
+        limit = self.model.language_model.rotary_emb.max_position
         end = len(key) if self._may_reuse(len(key)) else limit
         if batched:  # beams have traded places since the prompt, which they share
             cache = row_of(cache, row, 0, prompt)
@@ -273,6 +294,7 @@ class ConversationMixin:
         generated = generated if isinstance(generated, Tensor) else generated.sequences
         return cut_answer(tokenizer.decode(generated[0, input_ids.shape[1] :], skip_special_tokens=True))
 
+    @takes_turns
     def _answer_batch(
         self, tokenizer, conversations: list[Conversation], infer_mode: str, do_sample: bool, **kwargs
     ) -> list[str]:
@@ -282,13 +304,14 @@ class ConversationMixin:
         anything; their caches are then stacked, and the rows decode together.
         """
         settings = self._settings(tokenizer, do_sample, kwargs)
-        stamp = self._prefix_stamp(infer_mode)
+        pictures, stamp = self._stamps(infer_mode)
         caches, last = [], []
         for conversation in conversations:
             length = len(conversation.prompt.input_ids)
-            cache = self.reuse.take(conversation.key, stamp) if self._may_reuse(length) else None
+            reusable = stamp is not None and self._may_reuse(length)
+            cache = self.reuse.take(conversation.key, stamp) if reusable else None
             cache = cache or GrowingCache(self.config)
-            embeds, image_mask = self._embed(conversation, cache.get_seq_length())
+            embeds, image_mask = self._embed(conversation, cache.get_seq_length(), pictures)
             last.append(self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache))
             caches.append(cache)
         lengths = [len(conversation.prompt.input_ids) for conversation in conversations]
@@ -309,7 +332,7 @@ class ConversationMixin:
         copies = len(batch.layers[0].keys) // len(lengths)
         returned = len(generated) // len(lengths)
         for i, (conversation, start) in enumerate(zip(conversations, starts, strict=True)):
-            if self._may_reuse(lengths[i]):
+            if stamp is not None and self._may_reuse(lengths[i]):
                 row = row_of(batch, i * copies, start, batch.get_seq_length())
                 crop(row, lengths[i] if copies > 1 else row.get_seq_length())
                 answer = [] if copies > 1 else generated[i * returned].tolist()
@@ -360,6 +383,7 @@ class ConversationMixin:
         tokenizer = self._tokenizer(None)
         text = chat_prompt(query, history, meta_instruction)
         conversation = self._open(tokenizer, text, image, hd_num, max_length)
-        embeds, image_mask = self._embed(conversation)
+        stamp = None if torch.is_grad_enabled() else self._stamps(None)[0]
+        embeds, image_mask = self._embed(conversation, stamp=stamp)
         inputs_embeds = embeds.read()
         return {"inputs_embeds": inputs_embeds}, image_mask.bool(), inputs_embeds.shape[1]

@@ -32,6 +32,7 @@ from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
 from .settings_internlm_xcomposer2 import check_settings, config_settings
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
+from .threads_internlm_xcomposer2 import ComputeLock
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
 RENAMINGS = [
@@ -300,6 +301,7 @@ class InternLMXComposer2ForCausalLM(
         self.model = InternLMXComposer2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.tokenizer = None  # set by the caller, or passed to the public methods
+        self.compute_lock = ComputeLock()  # what the methods that compute take turns by
         self.reuse = ReuseStore()  # what past conversations leave for their next turns
         self.hd_num = 24  # tiles of `encode_img` when it is not told
         self.post_init()
@@ -408,7 +410,7 @@ class InternLMXComposer2ForCausalLM(
         others = any(said.get(name) is not None for name in OTHER_CACHES)
         if not others and said.get("use_cache") is not False:
             kwargs["past_key_values"] = GrowingCache(self.config)
-        with self.task_adapters_checked(kwargs.get("infer_mode", "base")):
+        with self.compute_lock, self.task_adapters_checked(kwargs.get("infer_mode", "base")):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(

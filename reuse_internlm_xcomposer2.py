@@ -1,20 +1,23 @@
 """What a conversation leaves behind for its next turn: key/value caches and picture embeddings, within byte limits.
 
 A cache is found again by the longest common prefix of token ids and pictures, a picture by its content. Whatever else
-the stored tensors depend on (weights, adapter, dtype, device, attention) is part of a stamp: another one finds nothing.
+the stored tensors depend on (weights, adapter, dtype, device, attention) is part of a stamp: another one finds nothing,
+and what depends on weights that are gone is freed.
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop, drop_room
+from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop, drop_room, row_bytes, row_of
+from .fingerprint_internlm_xcomposer2 import Stamp
 
 Key = Sequence[Hashable]  # a conversation: token ids, and for each token of a picture the picture's digest
 
@@ -23,7 +26,7 @@ class Prefix(NamedTuple):
     """One past conversation: what its rows are, what they depend on, and the rows."""
 
     key: list[Hashable]
-    stamp: Hashable
+    stamp: Stamp
     cache: GrowingCache
 
 
@@ -40,34 +43,6 @@ def digest(picture: Any, *settings: Hashable) -> bytes:
     return content.digest()
 
 
-@torch.no_grad()
-def weights_stamp(module: nn.Module, skip: Callable[[str], bool] = lambda name: False) -> Hashable:
-    """Changes when a weight does: each parameter's identity and version, and one number out of each.
-
-    The number catches changes that PyTorch does not count (through `.data`). Adapters of PEFT that are switched on, off
-    or merged count too.
-
-    Args:
-        skip: tells by its name which parameter does not count.
-    """
-    identity, samples = [], {}
-    for name, parameter in module.named_parameters():
-        if skip(name):
-            continue
-        version = 0 if parameter.is_inference() else parameter._version
-        identity.append((parameter.data_ptr(), version, parameter.dtype, parameter.device))
-        if type(parameter.data) is Tensor and parameter.numel() and not parameter.is_meta:
-            middle = parameter.data[tuple(size // 2 for size in parameter.shape)]
-            samples.setdefault(parameter.device, []).append(middle.float())
-    values = tuple(tuple(torch.stack(row).tolist()) for row in samples.values())
-    tuners = tuple(
-        (str(layer.active_adapters), str(getattr(layer, "merged_adapters", "")), layer.disable_adapters)
-        for layer in module.modules()
-        if isinstance(getattr(type(layer), "disable_adapters", None), property)  # a method of transformers' models
-    )
-    return hash((tuple(identity), values, tuners))
-
-
 def common_prefix(one: Key, other: Key) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -75,6 +50,8 @@ def common_prefix(one: Key, other: Key) -> int:
 
 class ReuseStore:
     """Past conversations and pictures of one model. The oldest goes first when a limit is reached.
+
+    It may be used from several threads. A copy or a pickle of it is empty: prompts and pictures stay in the process.
 
     Args:
         prefix_bytes: most bytes of key/value caches; 0 keeps none. The default holds the 7B model's longest default
@@ -84,8 +61,12 @@ class ReuseStore:
 
     def __init__(self, prefix_bytes: int = 2 << 30, picture_bytes: int = 512 << 20):
         self._prefixes: list[Prefix] = []
-        self._pictures: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._pictures: OrderedDict[tuple[Stamp, Hashable], Tensor] = OrderedDict()
         self._limits = [prefix_bytes, picture_bytes]
+        self._lock = threading.RLock()
+
+    def __reduce__(self):
+        return type(self), tuple(self._limits)
 
     @property
     def prefix_bytes(self) -> int:
@@ -119,50 +100,88 @@ class ReuseStore:
 
     def clear(self) -> None:
         """Forget everything and free its memory."""
-        self._prefixes.clear()
-        self._pictures.clear()
+        with self._lock:
+            self._prefixes.clear()
+            self._pictures.clear()
 
     def nbytes(self) -> int:
         """Bytes held now."""
-        pictures = sum(embeds.nbytes for embeds in self._pictures.values())
-        return pictures + sum(cache_bytes(prefix.cache) for prefix in self._prefixes)
+        with self._lock:
+            return self._bytes_of_prefixes() + self._bytes_of_pictures()
 
-    def take(self, key: Key, stamp: Hashable) -> GrowingCache | None:
-        """Hand out the cache that shares the longest prefix with `key`, cut to it, one position short of `key` at most.
+    def _bytes_of_prefixes(self) -> int:
+        return sum(cache_bytes(prefix.cache) for prefix in self._prefixes)
 
-        It leaves the store: the caller lets it grow, and may `keep` it again.
+    def _bytes_of_pictures(self) -> int:
+        return sum(embeds.nbytes for embeds in self._pictures.values())
+
+    def drop_outdated(self, stamp: Stamp) -> None:
+        """Free what depends on weights that are no more, now that they are as in `stamp`."""
+        with self._lock:
+            self._prefixes = [prefix for prefix in self._prefixes if not stamp.outdates(prefix.stamp)]
+            for key in [key for key in self._pictures if stamp.outdates(key[0])]:
+                del self._pictures[key]
+
+    def take(self, key: Key, stamp: Stamp) -> GrowingCache | None:
+        """Hand out a cache of the longest prefix that `key` shares with what is kept, one position short of `key` at
+        most. The caller lets it grow, and may `keep` it.
+
+        A conversation that `key` continues leaves the store and is handed out itself. Of one that goes on otherwise,
+        the shared rows are copied, so that both can be continued; where there is no room for two, the older ones go.
         """
-        found, shared = None, 0
-        for prefix in self._prefixes:
-            length = min(common_prefix(prefix.key, key), len(key) - 1) if prefix.stamp == stamp else 0
-            if length > shared:
-                found, shared = prefix, length
-        if found is None:
-            return None
-        self._prefixes = [prefix for prefix in self._prefixes if prefix is not found]
-        crop(found.cache, shared)
-        return found.cache
+        with self._lock:
+            found, shared = None, 0
+            for prefix in self._prefixes:
+                length = min(common_prefix(prefix.key, key), len(key) - 1) if prefix.stamp == stamp else 0
+                if length > shared or (found and length == shared == len(prefix.key)):
+                    found, shared = prefix, length
+            if found is None:
+                return None
+            copied = shared * row_bytes(found.cache)
+            if shared < len(found.key) and cache_bytes(found.cache) + copied <= self.prefix_bytes:
+                self._trim(copied, spare=found)
+                return row_of(found.cache, 0, 0, shared)
+            self._prefixes = [prefix for prefix in self._prefixes if prefix is not found]
+            crop(found.cache, shared)
+            return found.cache
 
-    def keep(self, key: list[Hashable], stamp: Hashable, cache: GrowingCache) -> None:
-        """Keep a conversation's cache, unless it alone is over the limit."""
+    def keep(self, key: list[Hashable], stamp: Stamp, cache: GrowingCache) -> None:
+        """Keep a conversation's cache, unless it alone is over the limit; what it continues need not stay."""
         if cache_bytes(cache) > self.prefix_bytes:
             drop_room(cache)
-        self._prefixes.append(Prefix(key[: cache.get_seq_length()], stamp, cache))
-        self._trim()
+        key = key[: cache.get_seq_length()]
+        with self._lock:
+            self._prefixes = [
+                kept for kept in self._prefixes if kept.stamp != stamp or kept.key != key[: len(kept.key)]
+            ]
+            self._prefixes.append(Prefix(key, stamp, cache))
+            self._trim()
 
-    def _trim(self) -> None:
-        while self._prefixes and sum(cache_bytes(prefix.cache) for prefix in self._prefixes) > self.prefix_bytes:
-            self._prefixes.pop(0)
-        while self._pictures and sum(kept.nbytes for kept in self._pictures.values()) > self.picture_bytes:
-            self._pictures.popitem(last=False)
+    def _trim(self, more: int = 0, spare: Prefix | None = None) -> None:
+        """Let the oldest go until the limits hold, with room for `more` bytes of caches; `spare` stays."""
+        with self._lock:
+            excess = self._bytes_of_prefixes() + more - self.prefix_bytes
+            kept = []
+            for prefix in self._prefixes:
+                if excess > 0 and prefix is not spare:
+                    excess -= cache_bytes(prefix.cache)
+                else:
+                    kept.append(prefix)
+            self._prefixes = kept
+            while self._pictures and self._bytes_of_pictures() > self.picture_bytes:
+                self._pictures.popitem(last=False)
 
-    def picture(self, key: Hashable) -> Tensor | None:
+    def picture(self, key: tuple[Stamp, Hashable]) -> Tensor | None:
         """Embeddings (L, D) of a picture seen before."""
-        if key in self._pictures:
-            self._pictures.move_to_end(key)
-        return self._pictures.get(key)
+        with self._lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+            return self._pictures.get(key)
 
-    def keep_picture(self, key: Hashable, embeds: Tensor) -> None:
+    def keep_picture(self, key: tuple[Stamp, Hashable], embeds: Tensor) -> None:
         """Keep a picture's embeddings (L, D)."""
-        self._pictures[key] = embeds.clone()  # not a view of its whole batch
-        self._trim()
+        with torch.inference_mode(False):  # a tensor made in that mode could not be changed in place outside it
+            kept = embeds.detach().clone()  # not a view of its whole batch
+        with self._lock:
+            self._pictures[key] = kept
+            self._trim()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
 
 from .build_mlp import CHECKED_ADAPTERS, AdaptedLinear, resident_task_adapters
+from .threads_internlm_xcomposer2 import takes_turns
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +93,7 @@ class TaskAdapterMixin:
         _, first = next(self._adapted_linears())
         return list(first.task_A)
 
-    @torch.no_grad()
+    @takes_turns
     def load_task_adapters(self, names: Sequence[str], device: torch.device | str | None = None) -> list[str]:
         """Load task adapters that are not in memory; returns those that were loaded.
 
@@ -123,12 +124,14 @@ class TaskAdapterMixin:
                     if not tensors:
                         tensors.update(_open(where[key]))
                     loaded[path, name, part] = _linear_of(tensors[key][:], module, device)
-        for path, module in self._adapted_linears():
+        # The first linear is the one that other threads ask, so it comes last.
+        for path, module in reversed(list(self._adapted_linears())):
             for name in missing:
                 module.task_A[name] = loaded[path, name, "A"]
                 module.task_B[name] = loaded[path, name, "B"]
         return missing
 
+    @takes_turns
     def release_task_adapters(self, names: Sequence[str] | None = None) -> None:
         """Drop task adapters from memory (None: all); the next call that needs one loads it again.
 
@@ -172,12 +175,19 @@ class TaskAdapterMixin:
                 f"answer with them on; leave `merged_task_adapter` first"
             )
         names = self.config.adapters_of(infer_mode)
-        self.load_task_adapters(names)
+        if not set(names) <= set(self.task_adapters_in_memory()):
+            self.load_task_adapters(names)
         if len(names) > 1 and not torch.is_grad_enabled() and not compiling:
-            for _, module in self._adapted_linears():
-                if module.is_joint(names) != self.stack_task_adapters:
-                    module.stack(names) if self.stack_task_adapters else module.part()
+            self._join_task_adapters(names)
 
+    @takes_turns
+    def _join_task_adapters(self, names: tuple[str, ...]) -> None:
+        """Let these adapters run as one pair, or each for itself, by `stack_task_adapters`."""
+        for _, module in self._adapted_linears():
+            if module.is_joint(names) != self.stack_task_adapters:
+                module.stack(names) if self.stack_task_adapters else module.part()
+
+    @takes_turns
     def save_pretrained(self, *args, **kwargs) -> None:
         """transformers' `save_pretrained`, with the task adapters that are still on disk."""
         if self._merged_mode is not None:
@@ -194,15 +204,24 @@ class TaskAdapterMixin:
             self.release_task_adapters(passing)
 
     @contextmanager
-    @torch.no_grad()
     def merged_task_adapter(self, infer_mode: str) -> Iterator[None]:
         """Inside, the mode's adapters are part of the weights: a step costs what it costs without adapters.
 
-        W + sum of B A is made in fp32; the plain weights wait in host memory and come back exactly.
+        W + sum of B A is made in fp32; the plain weights wait in host memory and come back exactly. It is so for all
+        threads: merging waits for a call that is under way, and until the end a call of another mode is refused.
 
         Raises:
             ValueError: an unknown mode, quantised weights, or a mode merged already.
         """
+        plain = self._merge_task_adapter(infer_mode)
+        try:
+            yield
+        finally:
+            self._unmerge_task_adapter(plain)
+
+    @takes_turns
+    def _merge_task_adapter(self, infer_mode: str) -> dict[str, Tensor]:
+        """Merge, and return the plain weights by their linears' names."""
         if self._merged_mode is not None:
             raise ValueError(f"{self._merged_mode!r} is merged already")
         adapters = self.config.adapters_of(infer_mode)
@@ -221,13 +240,19 @@ class TaskAdapterMixin:
                 for name in adapters:
                     total = total + module.task_B[name].weight.float() @ module.task_A[name].weight.float()
                 weight.copy_(total)
-            self._merged_mode = infer_mode
-            yield
-        finally:
-            self._merged_mode = None
-            for path, module in self._adapted_linears():
-                if path in plain:
-                    module.linear.weight.copy_(plain[path])
+        except BaseException:
+            self._unmerge_task_adapter(plain)
+            raise
+        self._merged_mode = infer_mode
+        return plain
+
+    @takes_turns
+    def _unmerge_task_adapter(self, plain: dict[str, Tensor]) -> None:
+        """Give back the plain weights."""
+        self._merged_mode = None
+        for path, module in self._adapted_linears():
+            if path in plain:
+                module.linear.weight.copy_(plain[path])
 
 
 def _linear_of(weight: Tensor, module: AdaptedLinear, device: torch.device | str | None) -> nn.Linear:

@@ -1,0 +1,1 @@
+../fingerprint_internlm_xcomposer2.py

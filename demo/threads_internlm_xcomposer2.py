@@ -1,0 +1,1 @@
+../threads_internlm_xcomposer2.py

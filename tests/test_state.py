@@ -1,0 +1,489 @@
+"""What one call leaves behind does no harm to another: modes, conversations, threads, changed weights, copies."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import MARK
+from test_reuse import bytes_held, counting, fresh, picture, recomputing
+
+from xcomposer.checkpoints import tiny
+
+GREEDY = {"do_sample": False, "max_new_tokens": 5, "hd_num": 4}
+SYSTEM = {"use_meta": True, "meta_instruction": "answer in short words " * 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("state") / "long", {"max_position_embeddings": 4096})
+
+
+@pytest.fixture
+def model(folder, tiny_tokenizer):
+    return fresh(folder, tiny_tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------- inference mode
+
+ASK = {
+    "chat": lambda model, history: model.chat(query="and why ?", image=picture(0), history=history, **GREEDY),
+    "stream_chat": lambda model, history: list(
+        model.stream_chat(query="and why ?", image=picture(0), history=history, **GREEDY)
+    )[-1],
+    "batch_chat": lambda model, history: model.batch_chat(
+        None, ["and why ?"] * 2, [[picture(0)]] * 2, [history] * 2, **GREEDY
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ASK)
+def test_a_call_in_inference_mode_is_no_trap_for_the_next(model, method):
+    with torch.inference_mode():
+        _, history = model.chat(query="what is it ?", image=picture(0), **GREEDY)
+        model.interleav_wrap_chat("what ?", picture(1))
+    again = ASK[method](model, history)
+    with recomputing(model):
+        assert ASK[method](model, history) == again
+    with torch.inference_mode():
+        assert ASK[method](model, history) == again
+
+
+def test_adapters_first_loaded_in_inference_mode_can_be_trained(model):
+    with torch.inference_mode():
+        model.write_artical("write", do_sample=False, max_new_tokens=2)
+        model.state_dict()  # parts what the write mode has joined
+    model.train()
+    ids = torch.randint(5, 50, (1, 8))
+    model(input_ids=ids, labels=ids, infer_mode="write").loss.backward()
+    pairs = model.model.language_model.layers[0].attention.wo.task_B
+    for name in ("sft", "dpo"):
+        assert not pairs[name].weight.is_inference() and pairs[name].weight.grad is not None
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+# ------------------------------------------------------------------------------------------------------ conversations
+
+
+def rows_of_turns(model, conversations, turns=3, **settings):
+    """Positions that the prompts of several conversations run, turn by turn: lists of numbers, one a conversation."""
+    histories = [[] for _ in conversations]
+    rows = [[] for _ in conversations]
+    for turn in range(turns):
+        for number, (image, words) in enumerate(conversations):
+            with counting(model) as seen:
+                _, histories[number] = model.chat(
+                    query=f"{words} {turn} ?", image=image, history=histories[number], **{**GREEDY, **settings}
+                )
+            rows[number].append(seen["tokens"] - seen["calls"] + 1)
+    return rows
+
+
+@pytest.mark.parametrize("settings", [{}, SYSTEM], ids=["plain", "system turn"])
+def test_conversations_in_turns_pay_for_what_is_new(model, settings):
+    talks = [(picture(0), "what is on the sign"), (picture(1), "red or small"), (None, "paper and rain")]
+    alone = []
+    for talk in talks:
+        model.reuse.clear()
+        alone += rows_of_turns(model, [talk], **settings)
+    model.reuse.clear()
+    together = rows_of_turns(model, talks, **settings)
+    for mine, shared in zip(alone, together, strict=True):
+        assert shared[0] <= mine[0]  # the opening may be another's
+        assert shared[1:] == mine[1:]
+
+
+def test_a_shared_opening_is_shared(model):
+    """The same picture and system turn: the second conversation runs its words alone, and the first loses nothing."""
+    talks = [(picture(0), "what is on the sign"), (picture(0), "what is red or small")]
+    alone = []
+    for talk in talks:
+        model.reuse.clear()
+        alone += rows_of_turns(model, [talk], **SYSTEM)
+    model.reuse.clear()
+    first, second = rows_of_turns(model, talks, **SYSTEM)
+    assert first == alone[0]
+    assert second[0] < 40 < alone[1][0] and second[1:] == alone[1][1:]
+
+
+def test_a_continued_conversation_is_not_copied(model):
+    _, history = model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    (before,) = model.reuse._prefixes
+    model.chat(query="and why ?", image=picture(0), history=history, **GREEDY)
+    (after,) = model.reuse._prefixes
+    assert before.cache is after.cache
+
+
+def test_room_for_one_is_not_room_for_two(model):
+    """Where a copy does not fit beside its origin, the one conversation becomes the other."""
+    model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    held = bytes_held(model.reuse) - sum(t.nbytes for t in model.reuse._pictures.values())
+    model.reuse.prefix_bytes = int(1.2 * held)
+    with counting(model) as seen:
+        model.chat(query="where is it ?", image=picture(0), **GREEDY)
+    assert seen["vision"] == 0 and seen["tokens"] < 30
+    assert len(model.reuse._prefixes) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ threads
+
+
+def in_threads(calls):
+    """Results of calls that start together, each in a thread of its own."""
+    start = threading.Barrier(len(calls))
+
+    def run(call):
+        start.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+def calls_of(model):
+    """Calls of the public methods that are not alike; sampled ones by a seed."""
+    seeds = {"max_new_tokens": 6, "num_beams": 1, "temperature": 2.0, "output_path": None}
+    history = [("what is it ?", "rain")]
+    return [
+        lambda: model.chat(query="what is it ?", image=picture(0), **GREEDY),
+        lambda: model.chat(query="and why ?", image=picture(0), history=history, **GREEDY),
+        lambda: model.write_artical("write of rain", seed=3, max_new_tokens=8),
+        lambda: model.write_artical("write of rain", seed=4, max_new_tokens=8),
+        lambda: model.write_webpage("a page", seed=5, **seeds),
+        lambda: model.screen_2_webpage("", [picture(1)], seed=6, **seeds),
+        lambda: list(model.stream_chat(query="what is it ?", image=picture(0), **GREEDY)),
+        lambda: model.batch_chat(None, ["what is it ?", "and why ?"], **GREEDY),
+        lambda: model.chat(query="red", infer_mode="write", **GREEDY),
+        lambda: model.generate(torch.tensor([[1, 20, 30]]), max_new_tokens=4, do_sample=False).tolist(),
+    ]
+
+
+def test_threads_get_what_each_gets_alone(model, folder, tiny_tokenizer):
+    expected = [call() for call in calls_of(fresh(folder, tiny_tokenizer))]
+    for _ in range(3):  # the first time, adapters are first used by all at once
+        assert in_threads(calls_of(model)) == expected
+
+
+def test_a_seed_is_deaf_to_other_threads(model):
+    alone = model.write_artical("write of rain", seed=3, max_new_tokens=30)
+    done = threading.Event()
+
+    def draw():
+        while not done.is_set():
+            torch.rand(3)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    try:
+        assert model.write_artical("write of rain", seed=3, max_new_tokens=30) == alone
+    finally:
+        done.set()
+        drawing.join()
+
+
+def streaming():
+    return [thread for thread in threading.enumerate() if thread.name == "stream_chat"]
+
+
+def endless(model):
+    return model.stream_chat(query="go on", do_sample=False, max_new_tokens=3000, eos_token_id=-1)
+
+
+class Box:
+    """Holds an iterator in a reference cycle, as a caller's frame or handler may."""
+
+    def __init__(self, stream):
+        self.stream, self.me = stream, self
+
+
+ABANDON = {
+    "closed": lambda stream: stream.close(),
+    "dropped": lambda stream: None,
+    "dropped in a cycle": lambda stream: Box(stream) and None,
+}
+
+
+@pytest.mark.parametrize("how", ABANDON)
+def test_an_abandoned_stream_lets_others_on(model, how):
+    stream = endless(model)
+    next(stream)
+    ABANDON[how](stream)
+    del stream
+    gc.collect()
+    assert not streaming()
+    model.chat(query="hi", **GREEDY)
+
+
+def test_a_stream_that_waits_for_its_turn_can_be_left(model):
+    """Another thread's answer is under way and takes its time."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(ids, scores, **_):
+        begun.set()
+        go_on.wait(20)
+        return torch.ones(len(ids), dtype=torch.bool)
+
+    other = threading.Thread(target=lambda: model.chat(query="hi", stopping_criteria=[slow], **GREEDY))
+    other.start()
+    begun.wait(20)
+    stream = endless(model)
+    reader = threading.Thread(target=lambda: next(stream, None))
+    reader.start()
+    while not any(thread.is_alive() for thread in streaming()):
+        time.sleep(0.01)
+    try:
+        (worker,) = streaming()
+        # What closing the iterator sets, from another thread than the one that waits in it.
+        stream.gi_frame.f_locals["left"].set()
+        worker.join(20)
+        assert not worker.is_alive() and other.is_alive()
+    finally:
+        go_on.set()
+        other.join()
+        reader.join()
+
+
+def test_merging_waits_and_refuses_other_modes(model):
+    web = model.chat(query="a page", infer_mode="web", **GREEDY)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(ids, scores, **_):
+        begun.set()
+        go_on.wait(20)
+        return torch.ones(len(ids), dtype=torch.bool)
+
+    answers = []
+    plain = model.chat(query="hi", do_sample=False, max_new_tokens=1)
+    other = threading.Thread(
+        target=lambda: answers.append(
+            model.chat(query="hi", do_sample=False, max_new_tokens=1, stopping_criteria=[slow])
+        )
+    )
+    other.start()
+    begun.wait(20)
+    threading.Timer(0.2, go_on.set).start()
+    with model.merged_task_adapter("web"):
+        assert not other.is_alive() or answers
+        assert in_threads([lambda: model.chat(query="a page", infer_mode="web", **GREEDY)]) == [web]
+        with pytest.raises(ValueError, match="merged into the weights"):
+            in_threads([lambda: model.chat(query="hi", **GREEDY)])
+    other.join()
+    assert answers == [plain]
+
+
+# ----------------------------------------------------------------------------------------------------- nothing stale
+
+
+@contextmanager
+def hooked(module, register, hook):
+    handle = getattr(module, register)(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def zeroed(value):
+    value.last_hidden_state = torch.zeros_like(value.last_hidden_state)
+    return value
+
+
+def zero_in_place(module, args, output):
+    output.last_hidden_state.zero_()
+
+
+def after_vision(model):
+    return hooked(model.model.vision_tower, "register_forward_hook", lambda module, args, output: zeroed(output))
+
+
+def after_vision_in_place(model):
+    return hooked(model.model.vision_tower, "register_forward_hook", zero_in_place)
+
+
+def before_layer(model):
+    layer = model.model.language_model.layers[0].feed_forward
+    return hooked(layer, "register_forward_pre_hook", lambda module, args: (-args[0], *args[1:]))
+
+
+@contextmanager
+def everywhere(model):
+    norm = type(model.model.language_model.norm)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if type(module) is norm else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def other_forward(model):
+    norm = model.model.language_model.layers[0].ffn_norm
+    forward = norm.forward
+    norm.forward = lambda x: -forward(x)
+    try:
+        yield
+    finally:
+        del norm.forward
+
+
+@contextmanager
+def written(tensor):
+    """A part of a weight changed as PyTorch does not count it."""
+    before = tensor.data.clone()
+    tensor.data[1].mul_(-3)
+    try:
+        yield
+    finally:
+        tensor.data.copy_(before)
+
+
+def decoder(model):
+    return model.model.language_model
+
+
+CHANGES = {
+    "a hook on the vision tower": after_vision,
+    "a hook that changes in place": after_vision_in_place,
+    "a hook before a layer": before_layer,
+    "a hook on every module": everywhere,
+    "another forward": other_forward,
+    "partial LoRA's scale": lambda model: replaced(decoder(model).layers[0].attention.wo, "plora_scale", -9.0),
+    "rope's base": lambda model: replaced(decoder(model).rotary_emb, "base", 7.0),
+    "rope's range": lambda model: replaced(decoder(model).rotary_emb, "max_position", 16),
+    "a norm's epsilon": lambda model: replaced(decoder(model).norm, "eps", 10.0),
+    "the attention's scale": lambda model: replaced(decoder(model).layers[0].attention, "scaling", 3.0),
+    "a row of the embedding": lambda model: written(model.get_input_embeddings().weight),
+    "a row of a linear": lambda model: written(decoder(model).layers[0].attention.wqkv.linear.weight),
+    "a row of partial LoRA": lambda model: written(decoder(model).layers[0].feed_forward.w2.Plora_B.weight),
+    "a row of the projector": lambda model: written(model.vision_proj[2].weight),
+    "a number of the newline": lambda model: written(model.model.plora_sub_GN.view(-1, 1)),
+}
+
+
+def hidden(model):
+    """What the decoder makes of a conversation's last position: any change of what came before shows."""
+    seen = []
+    lm_head = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0][0, -1].clone()))
+    try:
+        model.chat(query=f"look {MARK} here", image=[picture(0)], **GREEDY)
+    finally:
+        lm_head.remove()
+    return torch.stack(seen[:1])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_stale(model, change):
+    before = hidden(model)
+    with CHANGES[change](model):
+        changed = hidden(model)
+        with recomputing(model):
+            torch.testing.assert_close(changed, hidden(model))
+    assert change == "rope's range" or not torch.allclose(before, changed)
+    torch.testing.assert_close(hidden(model), before)
+
+
+def test_a_weight_that_cannot_be_read_switches_reuse_off(model):
+    class Sealed(torch.Tensor):
+        @property
+        def data(self):
+            return self
+
+    weight = decoder(model).layers[0].ffn_norm.weight
+    sealed = torch.Tensor._make_subclass(Sealed, weight.detach().clone())
+    decoder(model).layers[0].ffn_norm._parameters["weight"] = sealed
+    model.chat(query="hi", **GREEDY)
+    assert model.reuse.nbytes() == 0
+
+
+def test_scales_of_peft(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["linear"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    before = hidden(model)
+    for name, change in {
+        "set_scale": lambda layer: layer.set_scale("default", 20.0),
+        "scale_layer": lambda layer: layer.scale_layer(5.0),
+        "unscale_layer": lambda layer: layer.unscale_layer(),
+    }.items():
+        for layer in wrapped.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                change(layer)
+        changed = hidden(model)
+        with recomputing(model):
+            torch.testing.assert_close(changed, hidden(model), msg=name)
+        assert not torch.allclose(before, changed)
+        before = changed
+    with peft.helpers.rescale_adapter_scale(model, 0.1):
+        changed = hidden(model)
+        with recomputing(model):
+            torch.testing.assert_close(changed, hidden(model))
+    with wrapped.disable_adapter(), counting(model) as seen:
+        hidden(model)
+    assert seen["tokens"] > 30
+
+
+def test_what_cannot_be_reached_is_freed(model):
+    for number in range(5):
+        decoder(model).layers[0].attention.wo.linear.weight.data.mul_(1.1)
+        model.vision_proj[0].weight.data.mul_(1.1)
+        for mode in ("base", "web"):
+            model.chat(query="what is it ?", image=picture(0), infer_mode=mode, **GREEDY)
+        assert len(model.reuse._prefixes) == 2 and len(model.reuse._pictures) == 1, number
+    model.to(torch.bfloat16)
+    assert model.reuse.nbytes() == 0
+
+
+def test_moving_to_where_it_is_loses_nothing(model):
+    model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    held = model.reuse.nbytes()
+    model.to(torch.float32).cpu()
+    assert model.reuse.nbytes() == held > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ privacy
+
+
+def saved(model):
+    """As `torch.save` writes it: the code of a checkpoint's folder has a module of its own, which pickle finds."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file
+
+
+COPIES = {
+    "torch.save": lambda model: torch.load(io.BytesIO(saved(model).getvalue()), weights_only=False),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_hold_no_conversation(model, how):
+    plain = len(saved(model).getvalue())
+    model.reuse.prefix_bytes = 1 << 28
+    expected, history = model.chat(query="a secret of rain", image=picture(0), **GREEDY)
+    assert model.reuse.nbytes() > 0
+    assert abs(len(saved(model).getvalue()) - plain) < 2000
+    other = COPIES[how](model)
+    assert other.reuse.nbytes() == 0 and other.reuse.prefix_bytes == 1 << 28
+    assert other.chat(query="a secret of rain", image=picture(0), **GREEDY) == (expected, history)
+    assert other.compute_lock is not model.compute_lock
+    assert model.reuse.nbytes() > 0
