@@ -1,43 +1,21 @@
-"""Small print in a large picture: `hd_num` says how many tiles of 560 x 560 pixels the picture may take.
+"""Small print in a large picture: `python examples/high_resolution.py [FOLDER]`.
 
-    python examples/high_resolution.py --model FOLDER --image scan.png --text "..." --hd_num 24 6
-
-More tiles show finer detail and cost more: each is some 400 tokens of the prompt. 24 are the default for one picture.
+`hd_num` is the most tiles that a picture may take. More tiles show finer detail, and each is some 400 tokens of the
+prompt at the release's sizes (9 on the demo). 24 are the default for one picture.
 """
 
 import sys
-import time
 
-from xcomposer.loading import DATA, arguments, load
+from transformers import AutoModel, AutoTokenizer
 
+import xcomposer  # noqa: F401  after it, a released folder loads as it is
 
-def main(argv=None):
-    parser = arguments(__doc__)
-    parser.add_argument("--image", default=str(DATA / "report.png"))
-    parser.add_argument("--text", default="Read the notes under the table. What does the harbour office not count?")
-    parser.add_argument("--hd_num", type=int, nargs="+", default=[24, 6], help="ask once with each")
-    args = parser.parse_args(argv)
-    model, tokenizer = load(args)
+folder = sys.argv[1] if len(sys.argv) > 1 else "demo"
+model = AutoModel.from_pretrained(folder, dtype="auto").eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    print(f"Q: {args.text}")
-    answers = []
-    for hd_num in args.hd_num:
-        began = time.perf_counter()
-        response, _ = model.chat(
-            tokenizer,
-            args.text,
-            [args.image],
-            hd_num=hd_num,
-            do_sample=False,
-            num_beams=3,
-            use_meta=True,
-            max_new_tokens=args.max_new_tokens,
-        )
-        tokens = model.encode_img(args.image, hd_num).shape[1]
-        print(f"A, at most {hd_num} tiles ({tokens} image tokens, {time.perf_counter() - began:.1f} s): {response}")
-        answers.append(response)
-    return answers
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+picture = "demo/pictures/code.png"
+for hd_num in (24, 1):
+    query = "Which number is written here?"
+    answer, _ = model.chat(tokenizer, query, [picture], hd_num=hd_num, do_sample=False, max_new_tokens=64)
+    print(f"at most {hd_num} tiles ({model.encode_img(picture, hd_num).shape[1]} image tokens): {answer}")

@@ -1,33 +1,22 @@
-"""A question about a video, and a follow-up.
-
-    python examples/video.py --model FOLDER --video clip.mp4
+"""A question about a video: `python examples/video.py [FOLDER]`. Needs a decoder: `pip install av`.
 
 A video goes where a picture goes. One frame a second is read, 32 at most, spread evenly.
-Needs a decoder: pip install av
 """
 
 import sys
 
-from xcomposer.loading import DATA, arguments, load
+from transformers import AutoModel, AutoTokenizer
 
+import xcomposer  # noqa: F401  after it, a released folder loads as it is
 
-def main(argv=None):
-    parser = arguments(__doc__)
-    parser.add_argument("--video", default=str(DATA / "rolling_ball.mp4"))
-    args = parser.parse_args(argv)
-    model, tokenizer = load(args)
-    settings = dict(do_sample=False, num_beams=3, use_meta=True, max_new_tokens=args.max_new_tokens)
+folder = sys.argv[1] if len(sys.argv) > 1 else "demo"
+model = AutoModel.from_pretrained(folder, dtype="auto").eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+settings = dict(do_sample=False, use_meta=True, max_new_tokens=64)
 
-    query = "Here are some frames of a video. Describe this video in detail."
-    video = [args.video]
-    response, history = model.chat(tokenizer, query, video, **settings)
-    print(f"Q: {query}\nA: {response}\n")
-
-    query = "In what order do the colours come?"
-    response, history = model.chat(tokenizer, query, video, history=history, **settings)
-    print(f"Q: {query}\nA: {response}")
-    return history
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+video = ["examples/data/rolling_ball.mp4"]
+query = "Here are some frames of a video. Describe this video in detail."
+answer, history = model.chat(tokenizer, query, video, **settings)
+print(answer)
+answer, history = model.chat(tokenizer, "In what order do the colours come?", video, history=history, **settings)
+print(answer)

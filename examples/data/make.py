@@ -1,4 +1,4 @@
-"""Makes the pictures, the clip and the resume the examples use: `python examples/make_data.py [folder]`.
+"""Makes the pictures, the clip and the resume the examples use: `python examples/data/make.py [folder]`.
 
 Drawn with Pillow and coded with PyAV, the same on every run of the same versions. Nothing is downloaded.
 """
@@ -161,7 +161,7 @@ def write_clip(path: Path, seconds: int = 6, rate: int = 15) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "data"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (shapes, house, report, webpage):
         draw().save(folder / f"{draw.__name__}.png", optimize=True)
