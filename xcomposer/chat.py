@@ -18,13 +18,12 @@ from urllib.parse import urlsplit
 
 from transformers import TextStreamer
 
-from xcomposer.loading import arguments, check_folder, load
+from xcomposer.loading import EXPECTED, arguments, check_folder, load, one_line
 from xcomposer.model.ixc_utils import load_media
 from xcomposer.model.prompting_internlm_xcomposer2 import IMAGE_MARK as MARK
 from xcomposer.model.prompting_internlm_xcomposer2 import TURN_CLOSE
 
 INLINE = re.compile(rf"<img>(.*?)</img>|{MARK}")
-EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)  # bad input, missing decoder, memory full
 
 
 class Media(NamedTuple):
@@ -138,10 +137,6 @@ class Conversation:
         return answer
 
 
-def one_line(error: BaseException) -> str:
-    return "error: " + (" ".join(str(error).split()) or type(error).__name__)
-
-
 def talk(conversation: Conversation, given: Sequence[Media] = ()) -> None:
     """Ask for questions until `exit` or the end of input. `given` goes with the first question that is answered."""
     print("Ask. <img>path-or-url</img> attaches a picture or a video, `clear` forgets, `exit` leaves.")
@@ -167,11 +162,11 @@ def talk(conversation: Conversation, given: Sequence[Media] = ()) -> None:
             except KeyboardInterrupt:
                 print("\n(stopped; this question is forgotten)")
             except EXPECTED as error:
-                print(one_line(error), file=sys.stderr, flush=True)
+                print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None):
-    parser = arguments(__doc__, max_new_tokens=1024)
+    parser = arguments(__doc__, 1024, command="chat", example='--image photo.jpg --text "What is this?"')
     for name in ("--image", "--video"):
         parser.add_argument(name, dest="media", nargs="+", action="extend", default=[], metavar="SOURCE",
                             help="paths or URLs; in front of the text, or at its <ImageHere> marks")  # fmt: skip
@@ -191,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = [open_media(source) for source in args.media]  # before the model: a wrong path shows at once
     except EXPECTED as error:
-        print(one_line(error), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     model, tokenizer = load(args)
     settings = dict(
@@ -204,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         conversation.ask(args.text, given)
     except EXPECTED as error:
-        print(one_line(error), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     if args.stay:
         talk(conversation)

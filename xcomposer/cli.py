@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from xcomposer.machine import quiet_imports
+
 
 class Command(NamedTuple):
     """A subcommand: `module.main`, and what it is for."""
@@ -61,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     sys.argv[0] = f"xcomposer {name}"  # what argparse calls the program
     try:
-        return importlib.import_module(command.module).main(rest) or 0
+        with quiet_imports():
+            module = importlib.import_module(command.module)
+        return module.main(rest) or 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -13,15 +13,33 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from xcomposer import CHECKOUT
+from xcomposer.machine import quiet_imports
 
 DATA = CHECKOUT / "examples" / "data"
 DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or CHECKOUT / "demo")
+EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)  # bad input, missing decoder, memory full
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def arguments(description: str | None, max_new_tokens: int = 512) -> argparse.ArgumentParser:
-    """A parser with the arguments of every example; a script adds its own."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+def one_line(error: BaseException) -> str:
+    """What an error says, for a screen."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def arguments(
+    description: str | None, max_new_tokens: int = 512, command: str | None = None, example: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser with the arguments that say which model runs where; the caller adds its own.
+
+    Args:
+        description: a docstring, of which the first line is shown.
+        command: the subcommand of `xcomposer` it is for, with `example` of its arguments.
+    """
+    parser = argparse.ArgumentParser(
+        description=(description or "").split("\n")[0],
+        prog=command and f"xcomposer {command}",
+        epilog=command and f"example: xcomposer {command} {example}",
+    )
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder (default: $IXC_MODEL or demo)")
     parser.add_argument("--num_gpus", type=int, help="0: the CPU; N: over N cards (default: one if there is one)")
     parser.add_argument("--device", help="a torch device, say cuda:1 or mps, in place of --num_gpus")
@@ -40,10 +58,12 @@ def load(args: argparse.Namespace):
     check_folder(args.model)
     devices = pick_devices(args.num_gpus, args.device)
     dtype = DTYPES.get(args.dtype, "auto")
-    if dtype == "auto" and devices[0].type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype = torch.float16  # the release is saved in bfloat16, which older cards lack
+    if dtype == "auto" and not has_bfloat16(devices[0]):
+        dtype = torch.float16  # the release is saved in bfloat16
     placing = {"device_map": "balanced", "max_memory": free_memory(devices)} if len(devices) > 1 else {}
 
+    with quiet_imports():
+        import xcomposer.model.modeling_internlm_xcomposer2  # noqa: F401
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model, dtype=dtype, **placing).eval()
     if not placing:
@@ -73,7 +93,7 @@ def check_folder(folder: Path) -> None:
 
 
 def pick_devices(num_gpus: int | None, device: str | None) -> list[torch.device]:
-    """Where to run: `device` if said, else `num_gpus` cards (0: CPU), else the first card, else the CPU."""
+    """Where to run: `device` if said, else `num_gpus` cards (0: CPU), else the first card, Apple's GPU, the CPU."""
     cards = torch.cuda.device_count()
     if device is not None:
         try:
@@ -81,10 +101,19 @@ def pick_devices(num_gpus: int | None, device: str | None) -> list[torch.device]
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             raise SystemExit(f"--device {device} does not work here: {str(error).splitlines()[0]}") from error
     if num_gpus is None:
+        if not cards and torch.backends.mps.is_available():
+            return [torch.device("mps")]
         num_gpus = min(cards, 1)
     if not 0 <= num_gpus <= cards:
         raise SystemExit(f"--num_gpus {num_gpus}, but torch sees {cards} GPUs here; --num_gpus 0 runs on the CPU")
     return [torch.device("cuda", card) for card in range(num_gpus)] or [torch.device("cpu")]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself: older cards and older macOS do not."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def free_memory(devices: list[torch.device]) -> dict[int | str, int]:

@@ -31,6 +31,7 @@ import torch
 
 from xcomposer.checkpoints.weight_files import Misfit, Stored, count, read_headers, read_json, some
 from xcomposer.files import CODE, code_files
+from xcomposer.machine import amount, quiet_imports
 
 ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
 VIT = "vit.vision_tower.vision_model."
@@ -72,13 +73,6 @@ class Findings:
     done: list[Change] = field(default_factory=list)
 
 
-def amount(nbytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} bytes"
-
-
 # What the code expects.
 
 
@@ -86,9 +80,10 @@ class Code:
     """What the model's code expects of a checkpoint, and its names both ways."""
 
     def __init__(self):
-        from transformers.core_model_loading import WeightRenaming
+        with quiet_imports():
+            from transformers.core_model_loading import WeightRenaming
 
-        from xcomposer.model import configuration_internlm_xcomposer2, modeling_internlm_xcomposer2
+            from xcomposer.model import configuration_internlm_xcomposer2, modeling_internlm_xcomposer2
 
         self.configuration, self.modeling = configuration_internlm_xcomposer2, modeling_internlm_xcomposer2
 
@@ -531,7 +526,9 @@ def screen(found: Findings, backups: Sequence[str], dry_run: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="example: xcomposer adopt FOLDER --dry-run", prog="xcomposer adopt"
+    )
     parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path, help="folder with released weights and config")
     parser.add_argument("--link", action="store_true", help="link to this clone's code instead of copying it")
     parser.add_argument("--dry-run", action="store_true", help="check and say what would be done; write nothing")

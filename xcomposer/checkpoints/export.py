@@ -120,7 +120,11 @@ def export(source: Path, target: Path, task: str, base: str | None = None, progr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="example: xcomposer export SRC DST --task web",
+        prog="xcomposer export",
+    )
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of a checkpoint with task adapters")
     parser.add_argument("target", metavar="DST", type=Path, help="new or empty folder")
     parser.add_argument("--task", required=True, help="web, write, or an adapter's name")

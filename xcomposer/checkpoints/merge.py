@@ -294,7 +294,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="example: xcomposer merge SRC DST --task web", prog="xcomposer merge"
+    )
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of a checkpoint with task adapters")
     parser.add_argument("target", metavar="DST", type=Path, help="new or empty folder")
     parser.add_argument("--task", required=True, help="web, write, base (leave adapters out), or an adapter's name")

@@ -78,7 +78,12 @@ class Settings:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Settings, Arguments]:
-    parser = HfArgumentParser((Settings, Arguments), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(
+        (Settings, Arguments),
+        description=__doc__.split("\n")[0],
+        prog="xcomposer finetune",
+        epilog="example: xcomposer finetune --model FOLDER --data train.json --output_dir OUT --mode lora --bf16",
+    )
     settings, arguments = parser.parse_args_into_dataclasses(argv)
     if arguments.learning_rate is None:
         arguments.learning_rate = modes.LEARNING_RATES[settings.mode]
