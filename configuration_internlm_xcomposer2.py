@@ -248,8 +248,10 @@ class InternLMXcomposer2Config(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """transformers' reader; siblings that spell `model_type` in another way are this model."""
+        """transformers' reader; siblings that name a language model, as type or as class, are this model."""
         fields, kwargs = super().get_config_dict(*args, **kwargs)
+        if fields.get("architectures") == ["InternLM2ForCausalLM"]:  # vLLM would build that one
+            fields["architectures"] = ["InternLMXComposer2ForCausalLM"]
         if fields.get("model_type") in MODEL_TYPE_SPELLINGS:
             fields["model_type"] = cls.model_type
         return fields, kwargs

@@ -57,23 +57,24 @@ class RotaryEmbedding(nn.Module):
         self.max_position = config.max_position_embeddings
 
     def inverse_frequencies(self, position_ids: Tensor, length: Tensor | None) -> Tensor:
-        """(B, T) positions, and each row's length (B, 1) -> (B or 1, E / 2), fp32."""
+        """(B, T) positions, and the length of each row (B, 1) or token (B, T) -> (B or 1, T or 1, E / 2), fp32."""
         exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32) / self.head_dim
         base = torch.full((1, 1), self.base, device=position_ids.device, dtype=torch.float32)
         if self.factor is not None:
             length = position_ids.amax(-1, keepdim=True) + 1 if length is None else length
             stretch = self.factor * length.clamp(min=self.max_position) / self.max_position - (self.factor - 1)
             base = base * stretch ** (self.head_dim / (self.head_dim - 2))
-        return base**-exponents
+        return base[..., None] ** -exponents
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T) positions -> cos, sin (B, 1, T, E): angles in fp32, returned in `dtype`.
 
         Args:
-            length: each row's length (B, 1), where this call holds only a part; default: its last position + 1.
+            length: each row's length (B, 1), where this call holds only a part, or each token's (B, T), where rows are
+                several requests in one; default: the row's last position + 1.
         """
-        angles = position_ids[..., None].float() * self.inverse_frequencies(position_ids, length)[:, None]
+        angles = position_ids[..., None].float() * self.inverse_frequencies(position_ids, length)
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -271,11 +272,12 @@ class InternLM2Model(InternLM2PreTrainedModel):
         """Ids (B, T) or embeddings (B, T, D) -> hidden states (B, T, D).
 
         Args:
-            position_ids: (B, T); or (3, B, T) as vLLM passes them, where the third row is the first plus the image
-                mask.
+            position_ids: (B, T); or (3, B, T) as vLLM passes them, see `InternLMXComposer2Model.get_rope_index`: the
+                second row is each token's rope length less one, the third is the first plus the image mask.
             image_mask: (B, T) bool, True at image tokens. None: no image token in this call.
             infer_mode: which task adapters are on, see `InternLM2Config.adapters_of`.
-            rope_length: (B, 1), the rows' lengths that dynamic rope goes by, where this call is one chunk of a prompt.
+            rope_length: (B, 1) or (B, T), the length that dynamic rope goes by for each row or token, where this call
+                is one chunk of a prompt.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds: got both or neither")
@@ -290,7 +292,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
             image_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         dense = self.dense_partial_lora or self.training or torch.compiler.is_compiling()
         if position_ids.ndim == 3:
-            position_ids, image_mask, dense = position_ids[0], position_ids[2] != position_ids[0], True
+            position_ids, last_ids, marked_ids = position_ids.unbind()
+            image_mask, rope_length, dense = marked_ids != position_ids, last_ids + 1, True
         image_tokens = None if image_mask is None else route_image_tokens(image_mask, dense, inputs_embeds.dtype)
 
         causal_mask = create_causal_mask(

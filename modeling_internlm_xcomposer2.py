@@ -189,12 +189,15 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Positions (3, B, T) and their offset (B, 1), 0, as vLLM asks for them: it passes the decoder nothing else.
 
-        Rows 0 and 1 are plain positions; row 2 is larger by one at image tokens, and so carries the mask of partial
-        LoRA to `InternLM2Model.forward`.
+        Row 0 is the plain positions. Row 1 is the prompt's last position, which tells dynamic rope the prompt's length
+        however the prompt is cut; tokens after it get their own position there, as in all rows (vLLM continues them).
+        Row 2 is larger than row 0 by one at image tokens, and so carries the mask of partial LoRA.
+        `InternLM2Model.forward` reads all three.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         types = torch.zeros_like(input_ids) if mm_token_type_ids is None else mm_token_type_ids
-        return torch.stack([positions, positions, positions + (types > 0)]), torch.zeros_like(input_ids[:, :1])
+        last = positions[:, -1:].expand_as(positions)
+        return torch.stack([positions, last, positions + (types > 0)]), torch.zeros_like(input_ids[:, :1])
 
     def image_slots(self, input_ids: Tensor) -> Tensor:
         """Where pictures and videos stand in ids (B, T): (B, T) bool."""

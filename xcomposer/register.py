@@ -61,7 +61,7 @@ SETTLED = ("trust_remote_code", "code_revision", "use_fast", "tokenizer_type", "
 
 
 @functools.cache
-def _register_all() -> None:
+def register_classes() -> None:
     """Register every class under our config class, for `from_config`, `pipeline` and what else looks a config up."""
     config = FRONT[0].ours()
     for row in (*FRONT, *MODELS):
@@ -82,7 +82,7 @@ def _hand_over(auto_class: type, row: Row) -> None:
     def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
         if not belongs(pretrained_model_name_or_path, kwargs):
             return library(cls, pretrained_model_name_or_path, *inputs, **kwargs)
-        _register_all()
+        register_classes()
         for name in SETTLED if row.auto_class == "AutoConfig" else (*SETTLED, "config"):
             kwargs.pop(name, None)
         return row.ours().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
@@ -97,7 +97,7 @@ def _know_config(auto_class: type) -> None:
     @functools.wraps(library)
     def from_config(cls, config, **kwargs):
         if config.model_type == MODEL_TYPE:
-            _register_all()
+            register_classes()
         return library(cls, config, **kwargs)
 
     auto_class.from_config = classmethod(from_config)  # type: ignore[attr-defined]

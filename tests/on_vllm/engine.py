@@ -1,8 +1,8 @@
 """Run one vLLM engine, in a process of its own: `python engine.py JOB.json`; adds the answers to the file.
 
 A job: "options" of `LLM`, "requests" (prompt, images: files, video: a .npy of frames, lora: name, number, folder) and
-"tokens" to generate. Written back: "answers", the token ids of each request, and "adapters", the task adapters that
-are in memory.
+"tokens" to generate. Written back: "answers", the token ids of each request in two rounds, and "adapters", the task
+adapters that are in memory.
 """
 
 import json

@@ -12,7 +12,7 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,16 @@ def lora_sides(checkpoint: Checkpoint, pairs: Sequence[tuple[str, str]]) -> tupl
     return torch.cat(lows), torch.cat(highs, dim=1).contiguous()
 
 
+def lora_tensors(
+    checkpoint: Checkpoint, chosen: Mapping[str, Sequence[tuple[str, str]]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the PEFT file, each with its name: A and B of one linear after the other."""
+    for linear, names in chosen.items():
+        prefix = f"base_model.model.{module_name(linear)}"
+        for side, tensor in zip("AB", lora_sides(checkpoint, names), strict=True):
+            yield f"{prefix}.lora_{side}.weight", tensor
+
+
 def target_modules(modules: Sequence[str], layers: int) -> list[str]:
     """What PEFT is told to wrap: endings where each layer has them all, else every module by its name."""
     endings = Counter(".".join(module.rsplit(".", 2)[-2:]) for module in modules)
@@ -104,13 +114,10 @@ def export(source: Path, target: Path, task: str, base: str | None = None, progr
     chosen = chosen_pairs(task, pairs)
     if not chosen:
         raise ValueError(f"task {task!r} is the model without adapters: there is nothing to export; use web or write")
-    tensors, ranks = {}, set()
     with new_folder(source, target) as part:
-        for linear, names in tqdm(chosen.items(), unit="linear", desc=f"export {task}", disable=not progress):
-            a, b = lora_sides(checkpoint, names)
-            ranks.add(a.shape[0])
-            prefix = f"base_model.model.{module_name(linear)}"
-            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
+        made = lora_tensors(checkpoint, chosen)
+        tensors = dict(tqdm(made, f"export {task}", 2 * len(chosen), unit="tensor", disable=not progress))
+        ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
         if len(ranks) != 1:
             raise ValueError(f"the linears' ranks differ ({sorted(ranks)}); the model and a PEFT LoRA have one for all")
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,66 @@
+"""The model as vLLM runs it: its Transformers backend over `InternLMXComposer2Model`, with what this family adds.
+
+vLLM builds the decoder's attention and the head itself, and replaces every `nn.Linear`; partial LoRA reaches the
+decoder through M-RoPE positions (`InternLMXComposer2Model.get_rope_index`). Registered by `xcomposer.serving.plugin`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from transformers import AutoModel
+from vllm.model_executor.models.transformers import (
+    CausalMixin,
+    MultiModalDummyInputsBuilder,
+    MultiModalMixin,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageSize
+
+from xcomposer.model.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Model
+from xcomposer.register import register_classes
+
+LARGEST_FRAME = 1120  # side of a square frame: no other shape gives a video more tiles
+
+
+@contextmanager
+def auto_model_without_head() -> Iterator[None]:
+    """Let `AutoModel.from_config` build the model below the head: vLLM asks for it by that name, and adds a head."""
+    register_classes()
+    AutoModel.register(InternLMXcomposer2Config, InternLMXComposer2Model, exist_ok=True)
+    try:
+        yield
+    finally:
+        AutoModel.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM, exist_ok=True)
+
+
+class ProcessingInfo(MultiModalProcessingInfo):
+    """vLLM's, with room for the longest video: its own search for it ends at 16 frames."""
+
+    def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        """Most frames a video keeps, or as many as a sequence has room for."""
+        videos = max(mm_counts.get("video", 0), 1)
+        most = self.get_hf_processor().video_processor.num_frames
+        fitting = (n for n in range(most, 1, -1) if self._get_max_video_tokens_for_frames(n) * videos <= seq_len)
+        return next(fitting, 1)
+
+    def get_video_size_with_most_features(self, num_frames: int) -> ImageSize:
+        return ImageSize(width=LARGEST_FRAME, height=LARGEST_FRAME)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    MultiModalProcessor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+class XComposerForCausalLM(MultiModalMixin, CausalMixin):
+    """Text, pictures and videos in, text out; task adapters are served beside it, as LoRA modules."""
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        with auto_model_without_head():
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def _patch_config(self) -> None:
+        """vLLM's changes to the config, and none of the checkpoint's task adapters, which it could not switch."""
+        super()._patch_config()
+        self.text_config.task_adapter_ranks = {}
