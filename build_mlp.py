@@ -1,9 +1,11 @@
 """Vision tower, projector, and the linear layer that carries adapters. (The file name is historic.)
 
-Legend: N tiles, P patches along a side of a tile, S = P / 2 tokens along a side, V vision width, D decoder width,
-B batch, T tokens, R rows = image tokens of the whole batch, h x w tiles of one picture.
+Legend: N tiles, P patches along a side of a tile, m patches along a side of a token (2, or 1 in the kinds without
+tiles), S = P / m tokens along a side, V vision width, D decoder width, B batch, T tokens, R rows = image tokens of the
+whole batch, h x w tiles of one picture. 4 V stands for a token's width before the projector, m * m * V.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,15 +40,15 @@ class VisionTower(CLIPPreTrainedModel):
         return self.encoder(inputs_embeds=hidden, attention_mask=None)
 
 
-def merge_patches(features: Tensor) -> Tensor:
-    """Concatenate 2 x 2 neighbouring patches: (N, P * P, V) -> (N, S, S, 4 V).
+def merge_patches(features: Tensor, merge: int = 2) -> Tensor:
+    """Concatenate m x m neighbouring patches: (N, P * P, V) -> (N, S, S, m * m * V).
 
-    Order within a token: top-left, top-right, bottom-left, bottom-right.
+    Order within a token, for m = 2: top-left, top-right, bottom-left, bottom-right.
     """
     n, patches, width = features.shape
-    s = int(patches**0.5) // 2
-    grid = features.view(n, s, 2, s, 2, width)
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(n, s, s, 4 * width)  # (N, S, 2, S, 2, V) -> (N, S, S, 2, 2, V)
+    s = math.isqrt(patches) // merge
+    grid = features.view(n, s, merge, s, merge, width)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(n, s, s, -1)  # (N, S, m, S, m, V) -> (N, S, S, m, m, V)
 
 
 def join_tiles(tokens: Tensor, rows: int, cols: int) -> Tensor:
@@ -65,7 +67,7 @@ def end_rows(token_map: Tensor, newline: Tensor) -> Tensor:
 def build_projector(config: InternLMXcomposer2Config) -> nn.Sequential:
     """Merged patches (.., 4 V) -> decoder width (.., D). Linear layers sit at 0 and 2, as released."""
     width = config.text_config.hidden_size
-    return nn.Sequential(nn.Linear(4 * config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+    return nn.Sequential(nn.Linear(config.merged_width, width), nn.GELU(), nn.Linear(width, width))
 
 
 # Names of the task adapters that linears are built with; None: all of the config's.
@@ -106,12 +108,13 @@ class AdaptedLinear(nn.Module):
     InternLM-XComposer2 (arXiv:2401.16420, section 3.1).
     """
 
-    def __init__(self, config: InternLM2Config, in_features: int, out_features: int):
+    def __init__(self, config: InternLM2Config, name: str, in_features: int, out_features: int):
         super().__init__()
+        rank, alpha = config.plora_of(name)
         self.linear = nn.Linear(in_features, out_features, bias=config.bias)
-        self.Plora_A = nn.Linear(in_features, config.plora_rank, bias=False)
-        self.Plora_B = nn.Linear(config.plora_rank, out_features, bias=False)
-        self.plora_scale = config.plora_alpha / config.plora_rank
+        self.Plora_A = nn.Linear(in_features, rank, bias=False)
+        self.Plora_B = nn.Linear(rank, out_features, bias=False)
+        self.plora_scale = alpha / rank
         self.plora_dropout = config.plora_dropout
         resident = _RESIDENT.get()
         ranks = dict(config.task_adapter_ranks)  # vLLM's --hf-overrides can say "none" by an empty list alone

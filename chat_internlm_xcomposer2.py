@@ -11,7 +11,7 @@ import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
 from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of
-from .prompting_internlm_xcomposer2 import CHAT_SYSTEM, WRITE_SYSTEM, chat_prompt, check_history, cut_answer, with_turn
+from .prompting_internlm_xcomposer2 import WRITE_SYSTEM, chat_prompt, check_history, cut_answer, with_turn
 from .threads_internlm_xcomposer2 import seeded
 from .webpage_internlm_xcomposer2 import (
     PUBLIC_FILE,
@@ -94,7 +94,7 @@ class ChatMixin(ConversationMixin):
         repetition_penalty: float = 1.005,
         infer_mode: str = "base",
         use_meta: bool = False,
-        meta_instruction: str = CHAT_SYSTEM,
+        meta_instruction: str | None = None,
         **kwargs,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answer `query`, about pictures and videos if there are any.
@@ -107,7 +107,8 @@ class ChatMixin(ConversationMixin):
             hd_num: most tiles a picture may have; None: 24 for one picture, 6 each for more.
             history: (query, answer) of the turns so far, as the last call returned it.
             infer_mode: task adapters that are on during this call: "base", "web", "write", or an adapter's name.
-            use_meta: put `meta_instruction` in front as the system turn.
+            use_meta: put `meta_instruction` (None: the released text) in front as the system turn. The older kinds
+                always have one, and `meta_instruction=""` drops it.
             streamer, kwargs and the rest: as in transformers' `generate`.
 
         Returns:
@@ -121,7 +122,7 @@ class ChatMixin(ConversationMixin):
         history = list(history or ())
         tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of(infer_mode)
-        system = meta_instruction if use_meta else ""
+        system = self._system(use_meta, meta_instruction)
         conversation = self._open(tokenizer, chat_prompt(query, history, system), image, hd_num)
         answer = self._answer(
             tokenizer,
@@ -147,7 +148,7 @@ class ChatMixin(ConversationMixin):
         history: Sequence[tuple[str, str]] = (),
         infer_mode: str = "base",
         use_meta: bool = False,
-        meta_instruction: str = CHAT_SYSTEM,
+        meta_instruction: str | None = None,
         **kwargs,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """As `chat`, but yields (answer so far, history with it) as the answer grows, last what `chat` returns.
@@ -162,7 +163,7 @@ class ChatMixin(ConversationMixin):
         self.config.adapters_of(infer_mode)
         if kwargs.get("num_beams", 1) != 1:
             raise ValueError(f"num_beams={kwargs['num_beams']} cannot stream: beams may change what is written already")
-        system = meta_instruction if use_meta else ""
+        system = self._system(use_meta, meta_instruction)
         conversation = self._open(tokenizer, chat_prompt(query, history, system), image, hd_num)
         settings = {**CHAT_SETTINGS, **kwargs}
 
@@ -215,7 +216,7 @@ class ChatMixin(ConversationMixin):
         hd_num: int | None = None,
         infer_mode: str = "base",
         use_meta: bool = False,
-        meta_instruction: str = CHAT_SYSTEM,
+        meta_instruction: str | None = None,
         **kwargs,
     ) -> tuple[list[str], list[list[tuple[str, str]]]]:
         """Answer several conversations at once.
@@ -240,7 +241,7 @@ class ChatMixin(ConversationMixin):
             raise ValueError(f"batch_chat needs one entry a conversation in each list, got {lengths}")
         tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of(infer_mode)
-        system = meta_instruction if use_meta else ""
+        system = self._system(use_meta, meta_instruction)
         conversations = []
         for index, (query, image, history) in enumerate(zip(*rows.values(), strict=True)):
             try:
@@ -270,7 +271,7 @@ class ChatMixin(ConversationMixin):
         max_length: int = 8192,
         seed: int = -1,
         use_meta: bool = False,
-        meta_instruction: str = WRITE_SYSTEM,
+        meta_instruction: str | None = None,
         tokenizer=None,
         **kwargs,
     ) -> str:
@@ -284,7 +285,7 @@ class ChatMixin(ConversationMixin):
         """
         tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of("write")
-        system = meta_instruction if use_meta else ""
+        system = self._system(use_meta, meta_instruction, WRITE_SYSTEM, always=False)
         conversation = self._open(tokenizer, chat_prompt(inst, history, system), image, hd_num, max_length)
         room = max_length - len(conversation.prompt.input_ids)
         with seeded(seed):

@@ -19,9 +19,11 @@ from transformers.utils import logging
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
 from .fingerprint_internlm_xcomposer2 import Stamp, UnreadableWeight, hooks_of, part_of, parts_of, stamp_of
 from .generation_internlm_xcomposer2 import PromptEmbeddings
-from .ixc_utils import check_hd_num, default_hd_num, image_tokens, media_grid, to_pixels, to_tiles
+from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import load_media
 from .prompting_internlm_xcomposer2 import (
+    CHAT_SYSTEM,
+    SYSTEM_TEXTS,
     TURN_CLOSE,
     Prompt,
     chat_prompt,
@@ -57,9 +59,11 @@ class Conversation(NamedTuple):
 
 
 def as_list(image: Any) -> list[Any]:
-    """`image=` as a list of pictures: None is none, and one picture needs no list around it."""
+    """`image=` as a list of pictures: None is none, one needs no list around it, and a tensor (n, 3, H, W) is n."""
     if image is None:
         return []
+    if isinstance(image, Tensor) and image.ndim == 4:
+        return list(image)
     return list(image) if isinstance(image, list | tuple) else [image]
 
 
@@ -98,18 +102,34 @@ class ConversationMixin:
             )
         return tokenizer
 
+    def _system(
+        self, use_meta: bool, meta_instruction: str | None, released: str = CHAT_SYSTEM, always: bool = True
+    ) -> str:
+        """The system turn's text, "" for none. `released`: what None means; `always`: the kind may have it unasked."""
+        by_default = SYSTEM_TEXTS[self.config.default_system] if always else ""
+        if meta_instruction is None:
+            return by_default or (released if use_meta else "")
+        return meta_instruction if use_meta or by_default else ""
+
     def _open(
         self, tokenizer, text: str, image: Any, hd_num: int | None, max_length: int | None = None
     ) -> Conversation:
         """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's)."""
         images = as_list(image)
         pieces = place_images(text, len(images))
-        hd_num = default_hd_num(len(images)) if hd_num is None else hd_num
+        hd_num = self.config.layout.default_hd_num(len(images)) if hd_num is None else hd_num
         check_hd_num(hd_num)
         pictures = [load_media(source) for source in images]
         lengths = self._image_lengths(pictures, hd_num)
         placeholders = [self.config.image_token_id] * len(pictures)
-        prompt = tokenize_prompt(pieces, lengths, placeholders, tokenize_with(tokenizer))
+        prompt = tokenize_prompt(
+            pieces,
+            lengths,
+            placeholders,
+            tokenize_with(tokenizer),
+            bos_on_each_piece=self.config.bos_on_each_piece,
+            text_only_bos=self.config.text_only_bos,
+        )
         limit = max_length or self.config.context_length
         if len(prompt.input_ids) >= limit:
             raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num))
@@ -117,8 +137,8 @@ class ConversationMixin:
         return Conversation(prompt, pictures, digests, hd_num)
 
     def _image_lengths(self, pictures: list[Any], hd_num: int) -> list[int]:
-        grids = [media_grid(picture, hd_num, self.config.tile) for picture in pictures]
-        return [image_tokens(rows, cols, self.config.tokens_per_side) for rows, cols in grids]
+        layout = self.config.layout
+        return [layout.tokens(*layout.grid(picture, hd_num)) for picture in pictures]
 
     def _too_long(self, length: int, of_images: int, limit: int, pictures: list[Any], hd_num: int) -> str:
         """What to do about a prompt of `length` tokens where fewer than `limit` fit."""
@@ -130,7 +150,7 @@ class ConversationMixin:
 
     def _pixels(self, picture: Any, hd_num: int) -> Tensor:
         """An opened picture -> pixels (3, H, W)."""
-        return to_pixels(picture, hd_num, self.config.tile, self.font)
+        return self.config.layout.pixels(picture, hd_num, self.font)
 
     def _features(self, conversation: Conversation, seen: int, stamp: Stamp | None) -> list[Tensor | None]:
         """Each picture's embeddings (L, D), kept or newly computed; None where the cache has its rows already."""
@@ -141,7 +161,7 @@ class ConversationMixin:
         missing = [i for i, need in enumerate(needed) if need and found[i] is None]
         if missing:
             pictures = [conversation.pictures[i] for i in missing]
-            tiles, grids = to_tiles(pictures, conversation.hd_num, self.config.tile, self.font)
+            tiles, grids = self.config.layout.tiles(pictures, conversation.hd_num, self.font)
             tiles = tiles.to(place_of(self.model.vision_tower))
             features = self.get_image_features(tiles, grids, return_dict=True).pooler_output
             for i, feature in zip(missing, features, strict=True):
@@ -282,7 +302,7 @@ class ConversationMixin:
         input_ids = torch.tensor([prompt.input_ids], device=place_of(self.get_input_embeddings()))
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if pictures:
-            tiles, inputs["image_grid_thw"] = to_tiles(pictures, hd_num, self.config.tile, self.font)
+            tiles, inputs["image_grid_thw"] = self.config.layout.tiles(pictures, hd_num, self.font)
             inputs["pixel_values"] = tiles.to(place_of(self.model.vision_tower))
             inputs["mm_token_type_ids"] = self.model.image_slots(input_ids).long()
         penalty = settings.pop("repetition_penalty", 1.0)
@@ -351,18 +371,22 @@ class ConversationMixin:
     def encode_img(self, image: Any, hd_num: int | None = None) -> Tensor | None:
         """One picture or video (anything `chat` takes; None stays None) -> embeddings (1, L, D).
 
+        A pixel tensor (n, 3, H, W) gives (n, L, D).
+
         Args:
             hd_num: most tiles; None takes `model.hd_num`.
         """
         if image is None:
             return None
-        pixels = self._pixels(load_media(image), self.hd_num if hd_num is None else hd_num)
-        return self.img2emb(pixels[None])[0]
+        hd_num = self.hd_num if hd_num is None else hd_num
+        images = as_list(image) if isinstance(image, Tensor) else [image]
+        pixels = [self._pixels(load_media(one), hd_num) for one in images]
+        return self.img2emb(torch.stack(pixels))[0]
 
     def img2emb(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (1, 3, H, W) -> embeddings (1, L, D), attention mask of ones (1, L), labels of -100 (1, L)."""
-        merged, _ = self.vit([image], self.plora_glb_GN, self.plora_sub_GN)
-        embeds = self.vision_proj(merged)
+        """Pixels (n, 3, H, W) -> embeddings (n, L, D), attention mask of ones (n, L), labels of -100 (n, L)."""
+        merged, _ = self.vit(list(image.split(1)), self.plora_glb_GN, self.plora_sub_GN)
+        embeds = self.vision_proj(merged.view(len(image), -1, merged.shape[-1]))
         ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         return embeds, ones, -100 * ones
 

@@ -16,7 +16,7 @@ import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TILE = 560  # the sizes of a stitched video (label band, gap, rule) are given at this tile and scale with it
 BAND, GAP, RULE = 40, 10, 2
 ONE_IMAGE_HD_NUM, MANY_IMAGES_HD_NUM = 24, 6  # most tiles of the only picture of a conversation, of each of several
+# How a still picture becomes tiles: one tile, squeezed to its shape; tiles as the picture has pixels for, padded at the
+# far end; or as many tiles as `hd_num` allows, padded at both ends.
+TILINGS = ("none", "capped", "uncapped")
 
 _ORIENTATION = 0x0112  # EXIF tag
 _MEDIA = "media_internlm_xcomposer2"
@@ -62,8 +65,13 @@ def _folder_as_package() -> str:
 # ---------------------------------------------------------------------------------------------------------- geometry
 
 
-def image_tokens(rows: int, cols: int, side: int) -> int:
-    """Tokens of a picture of rows x cols tiles: global view with row ends, a separator, tiles with row ends."""
+def image_tokens(rows: int, cols: int, side: int, separators: bool = True) -> int:
+    """Tokens of a picture of rows x cols tiles: global view with row ends, a separator, tiles with row ends.
+
+    Without separators a picture is its tile's tokens and nothing else.
+    """
+    if not separators:
+        return rows * side * cols * side
     return side * (side + 1) + 1 + rows * side * (cols * side + 1)
 
 
@@ -77,9 +85,9 @@ def default_hd_num(num_pictures: int) -> int:
     return ONE_IMAGE_HD_NUM if num_pictures < 2 else MANY_IMAGES_HD_NUM
 
 
-def hd_grid(width: int, height: int, hd_num: int, tile: int = TILE) -> tuple[int, int]:
-    """(rows, cols) of tiles of a width x height picture after `Image_transform`; rows * cols <= hd_num."""
-    return _grid(_hd_size(width, height, hd_num, tile), tile)
+def hd_grid(width: int, height: int, hd_num: int, tile: int = TILE, tiling: str = "capped") -> tuple[int, int]:
+    """(rows, cols) of tiles of a width x height picture by a tiling of `TILINGS`; rows * cols <= hd_num."""
+    return _grid(_hd_size(width, height, hd_num, tile, tiling), tile)
 
 
 def video_grid(width: int, height: int, tile: int = TILE) -> tuple[int, int]:
@@ -101,15 +109,18 @@ def _grid(size: Size, tile: int) -> tuple[int, int]:
     return math.ceil(size[1] / tile), math.ceil(size[0] / tile)
 
 
-def _hd_size(width: int, height: int, hd_num: int, tile: int) -> Size:
+def _hd_size(width: int, height: int, hd_num: int, tile: int, tiling: str = "capped") -> Size:
     """Size before padding: the longer side becomes the most tiles s for which s * ceil(s / ratio) <= hd_num."""
     check_hd_num(hd_num)
     check_count("tile", tile, "the side of one ViT input in pixels, 560 in the 7B release")
     ratio = aspect_ratio(width, height)
+    if tiling == "none":
+        return tile, tile
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= hd_num:
         scale += 1
-    scale = min(scale, math.ceil(max(width, height) / tile))  # never enlarge by more than filling the last tile
+    if tiling == "capped":  # never enlarge by more than filling the last tile
+        scale = min(scale, math.ceil(max(width, height) / tile))
     size = tile * scale, max(1, int(tile * scale / ratio))
     return size if width >= height else size[::-1]
 
@@ -158,6 +169,14 @@ def Image_transform(img: Image.Image, hd_num: int = 25, tile: int = TILE) -> Ima
     Source: the released model's `Image_transform`, equal to it byte for byte.
     """
     return _padded(_resized(flatten(img), _hd_size(img.width, img.height, hd_num, tile)), tile)
+
+
+def HD_transform(img: Image.Image, hd_num: int = 16, tile: int = 336) -> Image.Image:
+    """`Image_transform` of InternLM-XComposer2-4KHD: small pictures are enlarged, and padding is at both ends.
+
+    Source: the released model's `HD_transform`, equal to it byte for byte.
+    """
+    return _padded(_resized(flatten(img), _hd_size(img.width, img.height, hd_num, tile, "uncapped")), tile, True)
 
 
 def Video_transform(img: Image.Image, hd_num: int = 25, tile: int = TILE) -> Image.Image:
@@ -210,6 +229,13 @@ def get_font(size: float = BAND, folder: str | os.PathLike | None = None) -> Fon
         raise ValueError(f"{files[0]} is no readable font ({error}); replace or remove it") from error
 
 
+def _squeezed(img: Image.Image, tile: int) -> Image.Image:
+    """One tile, bicubic, aspect ignored. Tall pictures shrink downwards first: Pillow 13's order, in any Pillow."""
+    if img.height > max(img.width, tile):
+        img = img.resize((img.width, tile), Image.Resampling.BICUBIC)
+    return img.resize((tile, tile), Image.Resampling.BICUBIC)
+
+
 def _resized(img: Image.Image, size: Size) -> Image.Image:
     """Bilinear, always in the landscape form: Pillow rounds between its two passes, so parity needs their order."""
     if img.width >= img.height:
@@ -218,10 +244,11 @@ def _resized(img: Image.Image, size: Size) -> Image.Image:
     return turned.transpose(Image.Transpose.TRANSPOSE)
 
 
-def _padded(img: Image.Image, tile: int) -> Image.Image:
+def _padded(img: Image.Image, tile: int, centred: bool = False) -> Image.Image:
     rows, cols = _grid(img.size, tile)
     canvas = Image.new("RGB", (cols * tile, rows * tile), "white")
-    canvas.paste(img, (0, 0))
+    spare = canvas.width - img.width, canvas.height - img.height
+    canvas.paste(img, (spare[0] // 2, spare[1] // 2) if centred else (0, 0))
     return canvas
 
 
@@ -299,35 +326,49 @@ def _grey(values: np.ndarray, tops: tuple[int, ...]) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8)).convert("RGB")
 
 
-def media_grid(picture: Picture, hd_num: int = 24, tile: int = TILE) -> tuple[int, int]:
-    """(rows, cols) of tiles `to_pixels` will give for what `load_media` returned. Costs nothing."""
+def media_grid(picture: Picture, hd_num: int = 24, tile: int = TILE, tiling: str = "capped") -> tuple[int, int]:
+    """(rows, cols) of tiles `to_pixels` will give for what `load_media` returned. Costs nothing.
+
+    Raises:
+        ValueError: a video, or pixels of several tiles, where a picture has one.
+    """
+    if isinstance(picture, Image.Image):
+        return hd_grid(picture.width, picture.height, hd_num, tile, tiling)
     if isinstance(picture, torch.Tensor):
         height, width = _checked_pixels(picture, tile).shape[1:]
+        if tiling == "none" and (height, width) != (tile, tile):
+            raise ValueError(f"pixels of {width} x {height}; this checkpoint takes {tile} x {tile}, see vis_processor")
         return height // tile, width // tile
-    if isinstance(picture, Image.Image):
-        return hd_grid(picture.width, picture.height, hd_num, tile)
+    if tiling == "none":
+        raise ValueError(
+            f"a video of {len(picture)} frames becomes one picture of several tiles, and this checkpoint sees a single "
+            f"tile of {tile} pixels a picture; pass frames as pictures, each with its own mark"
+        )
     return video_grid(*_stitch_plan([frame.size for frame in picture], tile)[2], tile)
 
 
-def to_pixels(picture: Picture, hd_num: int = 24, tile: int = TILE, font: Font | None = None) -> torch.Tensor:
+def to_pixels(
+    picture: Picture, hd_num: int = 24, tile: int = TILE, font: Font | None = None, tiling: str = "capped"
+) -> torch.Tensor:
     """What `load_media` returned -> float32 (3, rows * tile, cols * tile). hd_num counts for still pictures only."""
     if isinstance(picture, torch.Tensor):
         return _checked_pixels(picture, tile).to(torch.float32)
-    return _to_tensor(_sized(picture, hd_num, tile, font), tile)
+    return _to_tensor(_sized(picture, hd_num, tile, font, tiling), tile)
 
 
 def to_tiles(
     pictures: Sequence[Picture],
     hd_num: int | Sequence[int] = 24,
     tile: int = TILE,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont | None = None,
+    font: Font | None = None,
+    tiling: str = "capped",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `load_media` returned, n times -> all their tiles (N, 3, tile, tile) float32, and grids (n, 3).
 
     As `stack_tiles` of `to_pixels`, without the pixels in between. hd_num: of all, or one for each picture.
     """
     most = [hd_num] * len(pictures) if isinstance(hd_num, int) else hd_num
-    grids = [(1, *media_grid(picture, limit, tile)) for picture, limit in zip(pictures, most, strict=True)]
+    grids = [(1, *media_grid(picture, limit, tile, tiling)) for picture, limit in zip(pictures, most, strict=True)]
     tiles = np.empty((sum(rows * cols for _, rows, cols in grids), 3, tile, tile), np.float32)
     start = 0
     for picture, limit, (_, rows, cols) in zip(pictures, most, grids, strict=True):
@@ -335,22 +376,66 @@ def to_tiles(
         if isinstance(picture, torch.Tensor):
             part[:] = stack_tiles([to_pixels(picture, tile=tile)], tile)[0].detach().cpu().numpy()
         else:
-            _write(_sized(picture, limit, tile, font), part.reshape(rows, cols, 3, tile, tile))
+            _write(_sized(picture, limit, tile, font, tiling), part.reshape(rows, cols, 3, tile, tile))
         start += rows * cols
     return torch.from_numpy(tiles), torch.tensor(grids)
 
 
 def _sized(
-    picture: Image.Image | list[Image.Image],
-    hd_num: int,
-    tile: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont | None,
+    picture: Image.Image | list[Image.Image], hd_num: int, tile: int, font: Font | None, tiling: str
 ) -> Image.Image:
-    """A still picture, or a video's frames stitched, in the size that its tiles have, not yet padded."""
+    """A still picture, or a video's frames stitched, in the size that its tiles have; padded where that is centred."""
     if isinstance(picture, Image.Image):
+        if tiling == "none":
+            return _squeezed(flatten(picture), tile)
+        if tiling == "uncapped":
+            return HD_transform(picture, hd_num, tile)
         return _resized(flatten(picture), _hd_size(picture.width, picture.height, hd_num, tile))
     stitched = frame2img(picture, font, tile)
     return _resized(stitched, _video_size(stitched.width, stitched.height, tile))
+
+
+class PictureLayout(NamedTuple):
+    """What a checkpoint makes of pictures: the side of a tile in pixels and in tokens, how many tiles, what is between.
+
+    Args:
+        tiling: one of `TILINGS`.
+        separators: row ends, and a vector between global view and tiles; without them there is no global view either.
+        hd_num, many_hd_num: most tiles of the only picture of a conversation, of each of several, unless told.
+    """
+
+    tile: int = TILE
+    side: int = TILE // 28
+    tiling: str = "capped"
+    separators: bool = True
+    hd_num: int = ONE_IMAGE_HD_NUM
+    many_hd_num: int = MANY_IMAGES_HD_NUM
+
+    def default_hd_num(self, num_pictures: int) -> int:
+        """Most tiles of each picture in a conversation of num_pictures (videos count), unless the caller says."""
+        return self.hd_num if num_pictures < 2 else self.many_hd_num
+
+    def grid(self, picture: Picture, hd_num: int) -> tuple[int, int]:
+        """See `media_grid`."""
+        return media_grid(picture, hd_num, self.tile, self.tiling)
+
+    def tokens(self, rows: int, cols: int) -> int:
+        """See `image_tokens`."""
+        return image_tokens(rows, cols, self.side, self.separators)
+
+    def pixels(self, picture: Picture, hd_num: int, font: Font | None = None) -> torch.Tensor:
+        """See `to_pixels`."""
+        return to_pixels(picture, hd_num, self.tile, font, self.tiling)
+
+    def tiles(
+        self, pictures: Sequence[Picture], hd_num: int | Sequence[int], font: Font | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `to_tiles`."""
+        return to_tiles(pictures, hd_num, self.tile, font, self.tiling)
+
+    def normalised(self, img: Image.Image) -> torch.Tensor:
+        """`vis_processor`: a picture -> pixels (3, H, W); resized where a picture is one tile, else padded to tiles."""
+        return to_pixels(img, 1, self.tile, None, "none") if self.tiling == "none" else normalize(img, self.tile)
 
 
 def _checked_pixels(pixels: torch.Tensor, tile: int) -> torch.Tensor:

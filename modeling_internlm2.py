@@ -130,8 +130,8 @@ class Attention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.wqkv = AdaptedLinear(config, config.hidden_size, heads * config.head_dim)
-        self.wo = AdaptedLinear(config, config.hidden_size, config.hidden_size)
+        self.wqkv = AdaptedLinear(config, "wqkv", config.hidden_size, heads * config.head_dim)
+        self.wo = AdaptedLinear(config, "wo", config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -168,9 +168,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: InternLM2Config):
         super().__init__()
-        self.w1 = AdaptedLinear(config, config.hidden_size, config.intermediate_size)
-        self.w3 = AdaptedLinear(config, config.hidden_size, config.intermediate_size)
-        self.w2 = AdaptedLinear(config, config.intermediate_size, config.hidden_size)
+        self.w1 = AdaptedLinear(config, "w1", config.hidden_size, config.intermediate_size)
+        self.w3 = AdaptedLinear(config, "w3", config.hidden_size, config.intermediate_size)
+        self.w2 = AdaptedLinear(config, "w2", config.intermediate_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, image_tokens: Tensor | None, adapters: tuple[str, ...]) -> Tensor:

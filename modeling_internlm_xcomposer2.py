@@ -7,7 +7,6 @@ Inside, the module tree is the one transformers and vLLM look for; on disk, the 
 `RENAMINGS` maps one to the other both ways. The released tree's attributes remain as properties.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin, PromptEmbeddings
-from .ixc_utils import get_font, normalize, overview, stack_tiles
+from .ixc_utils import get_font, overview, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
@@ -75,7 +74,7 @@ class InternLMXComposer2PreTrainedModel(QuantisationMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, InternLMXComposer2Model):
+        if isinstance(module, InternLMXComposer2Model) and self.config.image_separators:
             nn.init.normal_(module.plora_glb_GN, std=self.config.initializer_range)
             nn.init.normal_(module.plora_sub_GN, std=self.config.initializer_range)
 
@@ -93,9 +92,13 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         self.vision_tower = VisionTower._from_config(config.vision_config)
         self.vision_proj = build_projector(config)
         self.language_model = InternLM2Model._from_config(config.text_config)
-        width = 4 * config.vision_config.hidden_size
-        self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
-        self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        separators = (1, 1), (1, 1, 1)
+        glb, sub = (
+            nn.Parameter(torch.zeros(*ones, config.merged_width)) if config.image_separators else None
+            for ones in separators
+        )
+        self.register_parameter("plora_glb_GN", glb)
+        self.register_parameter("plora_sub_GN", sub)
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
@@ -118,25 +121,31 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """The released tree's name of the token embedding."""
         return self.language_model.tok_embeddings
 
-    def held(self, name: str) -> Tensor:
-        """A parameter of this module itself, fetched where accelerate has offloaded it (which it does in `forward`)."""
+    def held(self, name: str) -> Tensor | None:
+        """A parameter of this module itself, fetched where accelerate has offloaded it (which it does in `forward`).
+
+        None: this kind of checkpoint has no such vector.
+        """
         parameter, hook = getattr(self, name), getattr(self, "_hf_hook", None)
+        if parameter is None:
+            return None
         return parameter if not parameter.is_meta or hook is None else hook.weights_map[name].to(hook.execution_device)
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Tiles (N, 3, tile, tile) -> merged patches (N, S, S, 4 V), a bounded number of tiles at a time."""
-        tiles = tiles.to(self.plora_sub_GN.dtype)
+        tiles = tiles.to(self.vision_tower.embeddings.class_embedding.dtype)
         batches = tiles.split(self.tiles_at_once)
         features = [self.vision_tower(batch).last_hidden_state[:, 1:] for batch in batches]
-        return merge_patches(torch.cat(features))
+        return merge_patches(torch.cat(features), self.config.spatial_merge_size)
 
     def arrange_pictures(
-        self, tiles: Tensor, grids: list[list[int]], separator: Tensor, newline: Tensor
+        self, tiles: Tensor, grids: list[list[int]], separator: Tensor | None, newline: Tensor | None
     ) -> list[Tensor]:
         """Tiles of several pictures -> each picture's sequence (L, 4 V), before the projector.
 
         A sequence is the global view's rows, the separator, then the rows of the joined tiles; each row ends with the
-        newline vector (InternLM-XComposer2-4KHD, arXiv:2404.06512, section 3.2).
+        newline vector (InternLM-XComposer2-4KHD, arXiv:2404.06512, section 3.2). Without separator and newline a
+        picture is its one tile, row by row.
         """
         counts = [rows * cols for _, rows, cols in grids]
         if sum(counts) != len(tiles):
@@ -144,6 +153,10 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
                 f"the grids {grids} ask for {sum(counts)} tiles (rows x cols for each picture), but pixel_values holds "
                 f"{len(tiles)}; pass both as the processor returned them"
             )
+        if separator is None or newline is None:
+            if any(count != 1 for count in counts):
+                raise ValueError(f"the grids {grids} hold several tiles a picture; this checkpoint takes one")
+            return [tile_map.flatten(0, 1) for tile_map in self.encode_tiles(tiles)]
         parts = zip(tiles.split(counts), grids, strict=True)
         # A picture of one tile is its own global view.
         views = [overview(part, rows, cols) for part, (_, rows, cols) in parts if rows * cols > 1]
@@ -306,7 +319,7 @@ class InternLMXComposer2ForCausalLM(
         self.tokenizer = None  # set by the caller, or passed to the public methods
         self.compute_lock = ComputeLock()  # what the methods that compute take turns by
         self.reuse = ReuseStore()  # what past conversations leave for their next turns
-        self.hd_num = 24  # tiles of `encode_img` when it is not told
+        self.hd_num = config.default_hd_num  # tiles of `encode_img` when it is not told
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -444,12 +457,12 @@ class InternLMXComposer2ForCausalLM(
         return self.model.vision_proj
 
     @property
-    def plora_glb_GN(self) -> nn.Parameter:
+    def plora_glb_GN(self) -> Tensor | None:
         """Separator between global view and tiles (1, 1, 4 V)."""
         return self.model.held("plora_glb_GN")
 
     @property
-    def plora_sub_GN(self) -> nn.Parameter:
+    def plora_sub_GN(self) -> Tensor | None:
         """Newline that ends each row of image tokens (1, 1, 1, 4 V)."""
         return self.model.held("plora_sub_GN")
 
@@ -461,7 +474,7 @@ class InternLMXComposer2ForCausalLM(
     @property
     def vis_processor(self):
         """PIL picture -> normalised pixels (3, H, W)."""
-        return partial(normalize, tile=self.config.tile)
+        return self.config.layout.normalised
 
     @property
     def font(self):

@@ -28,6 +28,7 @@ CHAT_SYSTEM = _WHO.format(kind="multi-modality conversational language model") +
     "provided image."
 )
 WRITE_SYSTEM = _WHO.format(kind="conversational language model")
+SYSTEM_TEXTS = {None: "", "chat": CHAT_SYSTEM, "write": WRITE_SYSTEM.rstrip("\n")}  # a kind's default, by its name
 
 # Who speaks, by the names that data files and chat clients use.
 ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant", "assistant": "assistant"}
@@ -124,6 +125,8 @@ def tokenize_prompt(
     placeholders: Sequence[int],
     tokenize: Tokenize,
     bos_on_text: bool = False,
+    bos_on_each_piece: bool = False,
+    text_only_bos: int = 1,
 ) -> Prompt:
     """Tokenise piece by piece, BOS on the first alone, and put placeholders where the pictures stand.
 
@@ -134,15 +137,19 @@ def tokenize_prompt(
         tokenize: (text, begins) -> ids, see `tokenize_with`.
         bos_on_text: a picture in front of all text stands before BOS, as in the released training; in chat it stands
             after.
+        bos_on_each_piece: BOS before every piece that has text, as the chat of the older kinds does it.
+        text_only_bos: how many BOS stand before a prompt without pictures.
     """
     begins = bool(pieces[0]) or not bos_on_text
     ids = list(tokenize(pieces[0], True)) if begins else []
+    if not image_lengths:
+        ids = ids[:1] * (text_only_bos - 1) + ids
     spans = []
     for length, placeholder, piece in zip(image_lengths, placeholders, pieces[1:], strict=True):
         spans.append((len(ids), len(ids) + length))
         ids += [placeholder] * length
         if piece:
-            ids += tokenize(piece, not begins)
+            ids += tokenize(piece, bos_on_each_piece or not begins)
             begins = True
     return Prompt(ids, spans)
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from xcomposer.files import CODE as CODE_FOLDER
 from xcomposer.files import code_files
 from xcomposer.model.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from xcomposer.model.kinds_internlm_xcomposer2 import DEFAULT_KIND
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -72,6 +73,23 @@ TINY: dict[str, Any] = {
         "patch_size": 14,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
+    },
+}
+
+# What the config.json of each kind of release says otherwise than `TINY`, in tiny sizes. None: says nothing of it.
+_NO_TASKS: dict[str, Any] = {"task_adapter_ranks": None}
+OF_KIND: dict[str, dict[str, Any]] = {
+    "xcomposer2d5": {},
+    "xcomposer2d5-ol": {**_NO_TASKS, "model_type": "internlm2"},
+    "xcomposer2d5-reward": {**_NO_TASKS, "model_type": "internlm2"},
+    "xcomposer2": {**_NO_TASKS, "img_size": 224, "max_length": 4096, "vision_config": {"image_size": 224}},
+    "xcomposer2-vl": {**_NO_TASKS, "img_size": 70, "max_length": 4096, "vision_config": {"image_size": 70}},
+    "xcomposer2-4khd": {
+        **_NO_TASKS,
+        "architectures": ["InternLM2ForCausalLM"],
+        "rope_scaling": None,
+        "plora_wqkv_rank": 2,
+        "plora_wqkv_alpha": 4,
     },
 }
 
@@ -122,7 +140,7 @@ def seeded(name: str, shape: Sequence[int]) -> np.ndarray:
 def _decoder_shapes(text) -> dict[str, tuple[int, ...]]:
     hidden, inner = text.hidden_size, text.intermediate_size
     heads_out = text.num_attention_heads * text.head_dim
-    adapters = {"Plora": text.plora_rank, **{f"lora_{name}": rank for name, rank in text.task_adapter_ranks.items()}}
+    task_ranks = {f"lora_{name}": rank for name, rank in text.task_adapter_ranks.items()}
     linears = {  # out, in; wqkv: for each KV head its query heads, then its key, then its value
         "attention.wqkv": (heads_out + 2 * text.num_key_value_heads * text.head_dim, hidden),
         "attention.wo": (hidden, heads_out),
@@ -135,11 +153,11 @@ def _decoder_shapes(text) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         for name, (width_out, width_in) in linears.items():
             shapes[f"{prefix}{name}.weight"] = (width_out, width_in)
-            for adapter, rank in adapters.items():
+            for adapter, rank in {"Plora": text.plora_of(name.split(".")[1])[0], **task_ranks}.items():
                 shapes[f"{prefix}{name}.{adapter}_A.weight"] = (rank, width_in)
                 shapes[f"{prefix}{name}.{adapter}_B.weight"] = (width_out, rank)
         shapes[f"{prefix}attention_norm.weight"] = shapes[f"{prefix}ffn_norm.weight"] = (hidden,)
-    return {**shapes, "model.norm.weight": (hidden,), "output.weight": (text.vocab_size, hidden)}
+    return {**shapes, "model.norm.weight": (hidden,)}
 
 
 def _vision_shapes(vision) -> dict[str, tuple[int, ...]]:
@@ -175,11 +193,14 @@ def released_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         ValueError: sizes that do not fit each other (see `InternLMXcomposer2Config`).
     """
     sizes = InternLMXcomposer2Config(**config)
-    hidden, merged = sizes.text_config.hidden_size, 4 * sizes.vision_config.hidden_size  # 2 x 2 patches in one
+    hidden, merged = sizes.text_config.hidden_size, sizes.merged_width
+    heads = {"vocabulary": ("output.weight", sizes.text_config.vocab_size), "score": ("score.weight", 1)}
+    head, rows = heads[sizes.head]
+    separators = {"plora_glb_GN": (1, 1, merged), "plora_sub_GN": (1, 1, 1, merged)}
     return {
-        "plora_glb_GN": (1, 1, merged),
-        "plora_sub_GN": (1, 1, 1, merged),
+        **(separators if sizes.image_separators else {}),
         **_decoder_shapes(sizes.text_config),
+        head: (rows, hidden),
         **_vision_shapes(sizes.vision_config),
         "vision_proj.0.weight": (hidden, merged),
         "vision_proj.0.bias": (hidden,),
@@ -275,8 +296,15 @@ def _place(out: Path, files: Sequence[Path], link: bool) -> None:
             shutil.copyfile(source, out / source.name)
 
 
-def tiny_config(config: Mapping[str, Any] | None, vocab_size: int, dtype: str, ids: Mapping[str, int]) -> dict:
-    """The flat released-style `config.json`: `TINY`, the repo's own `auto_map`, then what `config` changes."""
+def tiny_config(
+    config: Mapping[str, Any] | None, vocab_size: int, dtype: str, ids: Mapping[str, int], kind: str = DEFAULT_KIND
+) -> dict:
+    """The flat released-style `config.json`: `TINY`, the kind's own fields, the repo's own `auto_map`, then `config`.
+
+    A field that is None in `OF_KIND` is left out.
+    """
+    if kind not in OF_KIND:
+        raise ValueError(f"kind must be one of {', '.join(OF_KIND)}, got {kind!r}")
     released = CODE_FOLDER / "config.json"
     auto_map = json.loads(released.read_text("utf-8")).get("auto_map", {}) if released.is_file() else {}
     token_ids = {key: index for key, index in ids.items() if key.endswith("_token_id")}
@@ -286,11 +314,12 @@ def tiny_config(config: Mapping[str, Any] | None, vocab_size: int, dtype: str, i
         "vocab_size": vocab_size,
         "torch_dtype": dtype,
         **token_ids,
+        **OF_KIND[kind],
         **(config or {}),
     }
-    if config and config.get("vision_config"):
-        merged["vision_config"] = {**TINY["vision_config"], **config["vision_config"]}
-    return merged
+    vision = {**OF_KIND[kind].get("vision_config", {}), **((config or {}).get("vision_config") or {})}
+    merged["vision_config"] = {**TINY["vision_config"], **vision}
+    return {name: value for name, value in merged.items() if value is not None or name == "rope_scaling"}
 
 
 def write_checkpoint(
@@ -302,6 +331,7 @@ def write_checkpoint(
     fmt: str = "safetensors",
     code: str = "copy",
     tokenizer_model: str | os.PathLike | None = None,
+    kind: str = DEFAULT_KIND,
 ) -> Path:
     """Write a random checkpoint to the empty or new folder `out`, and return its path.
 
@@ -311,6 +341,7 @@ def write_checkpoint(
         dtype: of the weights: a key of `DTYPES` or a torch dtype.
         shards, fmt: number of weight files, and "safetensors" or "bin".
         code: "copy" or "link" the repo's Python and processor files into `out`, or "none" of them.
+        kind: which release it is like, a key of `OF_KIND`.
         tokenizer_model: a SentencePiece file to use; default: a vocabulary trained here (`train_tokenizer`).
 
     Raises:
@@ -330,9 +361,10 @@ def write_checkpoint(
     rows = pieces if vocab_size is None else vocab_size
     if rows < pieces:
         raise ValueError(f"vocab_size {rows} is smaller than the vocabulary of {pieces} pieces")
-    fields = tiny_config(config, rows, str(DTYPES[dtype]).removeprefix("torch."), ids)
+    fields = tiny_config(config, rows, str(DTYPES[dtype]).removeprefix("torch."), ids, kind)
     weights = {
-        name: torch.from_numpy(seeded(name, shape)).to(DTYPES[dtype]) for name, shape in released_shapes(fields).items()
+        name: torch.from_numpy(seeded(name, shape)).to(DTYPES[dtype])
+        for name, shape in released_shapes({"kind": kind, **fields}).items()  # a release's config does not say its kind
     }
 
     out.mkdir(parents=True, exist_ok=True)
@@ -355,6 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=1, help="number of weight files")
     parser.add_argument("--format", dest="fmt", choices=FORMATS, default="safetensors")
     parser.add_argument("--code", choices=CODE, default="copy", help="the repo's Python and processor files beside it")
+    parser.add_argument("--kind", choices=list(OF_KIND), default=DEFAULT_KIND, help="which release it is like")
     parser.add_argument("--tokenizer-model", help="a SentencePiece file (default: train a small one)")
     parser.add_argument("--config", type=json.loads, help="fields to change, as JSON: '{\"num_hidden_layers\": 4}'")
     options = vars(parser.parse_args(arguments))

@@ -1,0 +1,1 @@
+../kinds_internlm_xcomposer2.py
