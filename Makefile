@@ -6,30 +6,44 @@ VLLM_VENV ?= .venv-vllm
 MODEL ?= demo
 IMAGE ?= demo/pictures/shapes.png
 TEXT ?= What colour is the star?
+CORE = tests/test_golden.py tests/test_loading.py tests/test_offline.py tests/test_public_clients.py tests/test_tokenizer.py
 
-.PHONY: chat test test-compat test-vllm lint clean
+.PHONY: chat studio test test-compat test-vllm test-studio gpu lint clean
 
 # torch first, by exact version: a range would bring the CUDA build to machines without a card.
-$(VENV)/ready: pyproject.toml
+$(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
-	$(PIP) install transformers==$(TRANSFORMERS) .[test]
+	$(PIP) install transformers==$(TRANSFORMERS) -e .[video]
+	touch $@
+
+$(VENV)/studio: $(VENV)/installed
+	$(PIP) install -e .[studio]
+	touch $@
+
+$(VENV)/ready: $(VENV)/installed
+	$(PIP) install transformers==$(TRANSFORMERS) -e .[test]
 	touch $@
 
 ## Ask about a picture, then keep asking: make chat MODEL=folder IMAGE=photo.jpg TEXT="What is this?"
-chat: $(VENV)/ready
-	$(VENV)/bin/python examples/example_chat.py --model $(MODEL) --image $(IMAGE) --text "$(TEXT)" --greedy --stay
+chat: $(VENV)/installed
+	@$(VENV)/bin/xcomposer chat --model $(MODEL) --image $(IMAGE) --text "$(TEXT)" --greedy --stay
+
+## The web app: make studio MODEL=folder
+studio: $(VENV)/studio
+	@$(VENV)/bin/xcomposer studio --model $(MODEL)
 
 ## All tests, on one version of transformers.
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest tests
 
-## Loading, parity and remote code on another version: make test-compat TRANSFORMERS=5.16.1
+## Loading and parity on another version, by the package and by remote code: make test-compat TRANSFORMERS=5.16.1
 test-compat:
 	$(MAKE) VENV=.venv-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) .venv-$(TRANSFORMERS)/ready
-	.venv-$(TRANSFORMERS)/bin/python -m pytest tests/test_golden.py tests/test_loading.py tests/test_offline.py tests/test_public_clients.py tests/test_tokenizer.py
+	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) tests/test_package.py tests/test_family.py
+	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) tests/test_family.py --remote-code
 
-$(VLLM_VENV)/ready: tests/on_vllm/install.py
+$(VLLM_VENV)/ready: tests/on_vllm/install.py pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tests/on_vllm/install.py
 	touch $@
@@ -37,6 +51,10 @@ $(VLLM_VENV)/ready: tests/on_vllm/install.py
 ## vLLM gives the tokens that transformers gives; in an environment of its own, 3.5 GB.
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/python -m pytest tests/on_vllm
+
+## The web app in a browser (Debian's chromium; skipped with a line where there is none).
+test-studio: $(VENV)/ready
+	$(VENV)/bin/python -m pytest tests/studio
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

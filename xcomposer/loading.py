@@ -16,7 +16,7 @@ from xcomposer import CHECKOUT
 from xcomposer.machine import quiet_imports
 
 DATA = CHECKOUT / "examples" / "data"
-DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or CHECKOUT / "demo")
+DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or (CHECKOUT / "demo" if (CHECKOUT / "demo").is_dir() else "demo"))
 EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)  # bad input, missing decoder, memory full
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
