@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -11,8 +11,15 @@ import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
 from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of
-from .prompting_internlm_xcomposer2 import WRITE_SYSTEM, chat_prompt, check_history, cut_answer, with_turn
-from .threads_internlm_xcomposer2 import seeded
+from .prompting_internlm_xcomposer2 import (
+    WRITE_SYSTEM,
+    chat_prompt,
+    check_history,
+    cut_answer,
+    short,
+    with_turn,
+)
+from .settings_internlm_xcomposer2 import with_settings
 from .webpage_internlm_xcomposer2 import (
     PUBLIC_FILE,
     RESUME_QUERY,
@@ -25,6 +32,12 @@ from .webpage_internlm_xcomposer2 import (
     write_page,
 )
 
+# Settings of which only 1 streams, and why.
+CANNOT_STREAM = {
+    "num_beams": "beams may change what is written already",
+    "num_return_sequences": "the stream is one answer; ask again for another",
+    "streamer": "it is the stream itself; `chat` takes a streamer",
+}
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -58,14 +71,37 @@ def settled(ids: Sequence[int], tokenizer) -> int:
 # Seconds that leaving a stream waits for its step under way, at most; the step then ends by itself.
 LEAVING_S = 10.0
 
-# Defaults of `stream_chat` and `batch_chat`: those of `chat`.
+# Defaults of the release's methods, each list written once; see `with_settings`.
 CHAT_SETTINGS: dict[str, Any] = {
     "max_new_tokens": 1024,
     "do_sample": True,
+    "num_beams": 1,
     "temperature": 1.0,
     "top_p": 0.8,
     "repetition_penalty": 1.005,
 }
+ARTICLE_SETTINGS: dict[str, Any] = {
+    "max_new_tokens": None,
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 0.8,
+    "top_k": 40,
+    "repetition_penalty": 1.005,
+    "max_length": 8192,
+    "seed": -1,
+}
+PAGE_SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 4800,
+    "do_sample": True,
+    "num_beams": 2,
+    "temperature": 1.0,
+    "repetition_penalty": 3.0,
+    "seed": -1,
+    "use_meta": False,
+}
+# What the webpage methods take besides and hand to `chat`.
+THROUGH_PAGES = ("tokenizer", "hd_num", "history", "streamer", "meta_instruction", "escape_control_tokens")
 
 
 class ChatMixin(ConversationMixin):
@@ -75,8 +111,19 @@ class ChatMixin(ConversationMixin):
     side by side. What computes or changes weights takes turns, one whole answer at a time: these methods, `generate`,
     loading, merging and saving task adapters. So a streamer must not wait for another call of the same model. `forward`
     by itself does not wait. An iterator of `stream_chat` that nobody reads on has its turn to the end of its answer.
+
+    Settings that all of them take:
+
+        those of transformers' `generate`, or a `generation_config` with them: what is said by name goes before it, and
+            it before the method's own defaults
+        seed: of the sampling; -1: none
+        stop_token_ids: ids that end an answer besides the model's own
+        num_frm, start, end, fps: of videos, see `load_video`
+        escape_control_tokens: text stays text: a `[UNUSED_TOKEN_145]` or `</s>` that somebody typed opens and ends
+            nothing. For text from strangers; off unless asked for, as in the release
     """
 
+    @with_settings(CHAT_SETTINGS, after="streamer")
     @torch.no_grad()
     def chat(
         self,
@@ -84,18 +131,13 @@ class ChatMixin(ConversationMixin):
         query: str = "",
         image: Any = None,
         hd_num: int | None = None,
-        history: Sequence[tuple[str, str]] = (),
+        history: Iterable[tuple[str, str]] = (),
         streamer=None,
-        max_new_tokens: int = 1024,
-        do_sample: bool = True,
-        num_beams: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 0.8,
-        repetition_penalty: float = 1.005,
         infer_mode: str = "base",
         use_meta: bool = False,
         meta_instruction: str | None = None,
-        **kwargs,
+        escape_control_tokens: bool = False,
+        **settings,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answer `query`, about pictures and videos if there are any.
 
@@ -109,47 +151,36 @@ class ChatMixin(ConversationMixin):
             infer_mode: task adapters that are on during this call: "base", "web", "write", or an adapter's name.
             use_meta: put `meta_instruction` (None: the released text) in front as the system turn. The older kinds
                 always have one, and `meta_instruction=""` drops it.
-            streamer, kwargs and the rest: as in transformers' `generate`.
+            settings: see the class.
 
         Returns:
             The answer, and history with this turn at its end.
 
         Raises:
             ValueError: slots and pictures differ in number, a prompt longer than the model's, a history of another
-                shape, an unknown adapter, a picture that cannot be read. All before any compute.
+                shape, an unknown adapter, a setting out of its range, a picture that cannot be read. All before any
+                compute.
         """
-        check_history(history)
-        history = list(history or ())
-        tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of(infer_mode)
-        system = self._system(use_meta, meta_instruction)
-        conversation = self._open(tokenizer, chat_prompt(query, history, system), image, hd_num)
-        answer = self._answer(
-            tokenizer,
-            conversation,
-            infer_mode,
-            streamer=streamer,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            num_beams=num_beams,
-            temperature=temperature,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            **kwargs,
-        )
+        tokenizer, history = self._tokenizer(tokenizer), check_history(history)
+        text = chat_prompt(query, history, self._system(use_meta, meta_instruction), escape_control_tokens)
+        conversation = self._open(tokenizer, text, image, hd_num, **settings)
+        answer = self._answer(tokenizer, conversation, infer_mode, streamer=streamer, **settings)
         return answer, with_turn(history, query, answer)
 
+    @with_settings(CHAT_SETTINGS, after="meta_instruction")
     def stream_chat(
         self,
         tokenizer=None,
         query: str = "",
         image: Any = None,
         hd_num: int | None = None,
-        history: Sequence[tuple[str, str]] = (),
+        history: Iterable[tuple[str, str]] = (),
         infer_mode: str = "base",
         use_meta: bool = False,
         meta_instruction: str | None = None,
-        **kwargs,
+        escape_control_tokens: bool = False,
+        **settings,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """As `chat`, but yields (answer so far, history with it) as the answer grows, last what `chat` returns.
 
@@ -157,15 +188,13 @@ class ChatMixin(ConversationMixin):
         then generates, whether or not the answer is read. Leaving the iterator early stops it; what it raises is
         raised here.
         """
-        check_history(history)
-        history = list(history or ())
-        tokenizer = self._tokenizer(tokenizer)
+        for name, why in CANNOT_STREAM.items():
+            if settings.get(name, 1) != 1:
+                raise ValueError(f"{name}={short(settings[name])} cannot stream: {why}")
         self.config.adapters_of(infer_mode)
-        if kwargs.get("num_beams", 1) != 1:
-            raise ValueError(f"num_beams={kwargs['num_beams']} cannot stream: beams may change what is written already")
-        system = self._system(use_meta, meta_instruction)
-        conversation = self._open(tokenizer, chat_prompt(query, history, system), image, hd_num)
-        settings = {**CHAT_SETTINGS, **kwargs}
+        tokenizer, history = self._tokenizer(tokenizer), check_history(history)
+        text = chat_prompt(query, history, self._system(use_meta, meta_instruction), escape_control_tokens)
+        conversation = self._open(tokenizer, text, image, hd_num, **settings)
 
         def stream() -> Iterator[tuple[str, list[tuple[str, str]]]]:
             queue, left, failure = TokenQueue(), threading.Event(), []
@@ -206,18 +235,20 @@ class ChatMixin(ConversationMixin):
 
         return stream()
 
+    @with_settings(CHAT_SETTINGS, after="meta_instruction")
     @torch.no_grad()
     def batch_chat(
         self,
         tokenizer=None,
         queries: Sequence[str] = (),
         images: Sequence[Any] | None = None,
-        histories: Sequence[Sequence[tuple[str, str]]] | None = None,
+        histories: Sequence[Iterable[tuple[str, str]]] | None = None,
         hd_num: int | None = None,
         infer_mode: str = "base",
         use_meta: bool = False,
         meta_instruction: str | None = None,
-        **kwargs,
+        escape_control_tokens: bool = False,
+        **settings,
     ) -> tuple[list[str], list[list[tuple[str, str]]]]:
         """Answer several conversations at once.
 
@@ -234,127 +265,83 @@ class ChatMixin(ConversationMixin):
             ValueError: lists of different lengths, or what `chat` raises, with the row that is wrong.
         """
         queries = [queries] if isinstance(queries, str) else list(queries)
-        rows = {"queries": queries, "images": images, "histories": histories}
-        rows = {name: [None] * len(queries) if given is None else list(given) for name, given in rows.items()}
-        if not queries or len({len(given) for given in rows.values()}) > 1:
-            lengths = ", ".join(f"{len(given)} {name}" for name, given in rows.items())
+        given = {"queries": queries, "images": images, "histories": histories}
+        rows = {name: [None] * len(queries) if row is None else list(row) for name, row in given.items()}
+        if not queries or len({len(row) for row in rows.values()}) > 1:
+            lengths = ", ".join(f"{len(row)} {name}" for name, row in rows.items())
             raise ValueError(f"batch_chat needs one entry a conversation in each list, got {lengths}")
-        tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of(infer_mode)
+        tokenizer = self._tokenizer(tokenizer)
         system = self._system(use_meta, meta_instruction)
-        conversations = []
+        conversations, histories = [], []
         for index, (query, image, history) in enumerate(zip(*rows.values(), strict=True)):
             try:
-                text = chat_prompt(query, history or (), system)
-                conversations.append(self._open(tokenizer, text, image, hd_num))
+                histories.append(check_history(history))
+                text = chat_prompt(query, histories[-1], system, escape_control_tokens)
+                conversations.append(self._open(tokenizer, text, image, hd_num, **settings))
             except (ValueError, FileNotFoundError, TypeError) as error:
                 raise type(error)(f"conversation {index}: {error}") from error
-        answers = self._answer_batch(tokenizer, conversations, infer_mode, **{**CHAT_SETTINGS, **kwargs})
-        turns = zip(rows["histories"], queries, answers, strict=True)
-        return answers, [with_turn(history or (), query, answer) for history, query, answer in turns]
+        answers = self._answer_batch(tokenizer, conversations, infer_mode, **settings)
+        turns = zip(histories, queries, answers, strict=True)
+        return answers, [with_turn(history, query, answer) for history, query, answer in turns]
 
+    @with_settings(ARTICLE_SETTINGS, after="streamer")
     @torch.no_grad()
     def write_artical(
         self,
         inst: str,
         image: Any = None,
         hd_num: int | None = None,
-        history: Sequence[tuple[str, str]] = (),
+        history: Iterable[tuple[str, str]] = (),
         streamer=None,
-        max_new_tokens: int | None = None,
-        do_sample: bool = True,
-        num_beams: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 0.8,
-        top_k: int = 40,
-        repetition_penalty: float = 1.005,
-        max_length: int = 8192,
-        seed: int = -1,
         use_meta: bool = False,
         meta_instruction: str | None = None,
         tokenizer=None,
-        **kwargs,
+        escape_control_tokens: bool = False,
+        **settings,
     ) -> str:
         """Write an article by the instruction `inst`, with the write adapter on. (The spelling is the public one.)
 
         Args:
-            max_length: most tokens of prompt and article together.
-            max_new_tokens: most tokens of the article; None: what `max_length` leaves.
-            seed: of the sampling; -1: none.
+            settings: see the class; `max_length` is the most tokens of prompt and article together, `max_new_tokens`
+                of the article alone (None: what `max_length` leaves).
             Others: see `chat`.
         """
-        tokenizer = self._tokenizer(tokenizer)
         self.config.adapters_of("write")
+        tokenizer = self._tokenizer(tokenizer)
         system = self._system(use_meta, meta_instruction, WRITE_SYSTEM, always=False)
-        conversation = self._open(tokenizer, chat_prompt(inst, history, system), image, hd_num, max_length)
-        room = max_length - len(conversation.prompt.input_ids)
-        with seeded(seed):
-            return self._answer(
-                tokenizer,
-                conversation,
-                "write",
-                streamer=streamer,
-                max_new_tokens=room if max_new_tokens is None else min(max_new_tokens, room),
-                do_sample=do_sample,
-                num_beams=num_beams,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                repetition_penalty=repetition_penalty,
-                **kwargs,
-            )
+        text = chat_prompt(inst, history, system, escape_control_tokens)
+        conversation = self._open(tokenizer, text, image, hd_num, **settings)
+        return self._answer(tokenizer, conversation, "write", streamer=streamer, **settings)
 
-    @torch.no_grad()
+    @with_settings(PAGE_SETTINGS, after="image", through=THROUGH_PAGES)
     def write_webpage(
         self,
         inst: str,
         image: Any = None,
-        max_new_tokens: int = 4800,
-        do_sample: bool = True,
-        num_beams: int = 2,
-        temperature: float = 1.0,
-        repetition_penalty: float = 3.0,
-        seed: int = -1,
-        use_meta: bool = False,
         task: str = "Instruction-aware Webpage Generation",
         output_path: str | os.PathLike | None = PUBLIC_FILE,
-        **kwargs,
+        **settings,
     ) -> str:
         """Write a webpage by the instruction `inst`, with the web adapter on; returns its HTML.
 
         Args:
             task: names the file, `<task with spaces as _>.html` in the working directory.
             output_path: another file for the page; None writes none.
-            kwargs: `tokenizer`, `hd_num`, `history`, `meta_instruction` as in `chat`; the rest as in `generate`.
-            Others: see `write_artical`.
+            settings: see the class; `tokenizer`, `hd_num`, `history`, `streamer`, `meta_instruction`,
+                `escape_control_tokens` as in `chat`.
         """
         path = page_path(task, output_path)
-        settings = dict(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            num_beams=num_beams,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            use_meta=use_meta,
-        )
-        return write_page(real_pictures(self._web(inst, image, **settings, **kwargs)), path)
+        return write_page(real_pictures(self._page(inst, image, settings)), path)
 
-    @torch.no_grad()
+    @with_settings(PAGE_SETTINGS, after="image", through=THROUGH_PAGES)
     def resume_2_webpage(
         self,
         inst: str | os.PathLike,
         image: Any = None,
-        max_new_tokens: int = 4800,
-        do_sample: bool = True,
-        num_beams: int = 2,
-        temperature: float = 1.0,
-        repetition_penalty: float = 3.0,
-        seed: int = -1,
-        use_meta: bool = False,
         task: str = "Resume-to-Personal Page",
         output_path: str | os.PathLike | None = PUBLIC_FILE,
-        **kwargs,
+        **settings,
     ) -> str:
         """Make a personal page of the resume in the Markdown file `inst`; a second pass adds its JavaScript.
 
@@ -366,34 +353,19 @@ class ChatMixin(ConversationMixin):
         """
         path = page_path(task, output_path)
         text = read_resume(inst)
-        settings = dict(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            num_beams=num_beams,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            use_meta=use_meta,
-        )
-        html = self._web(RESUME_QUERY + text, image, **settings, **kwargs)
-        script = self._web(SCRIPT_QUERY + html, image, **settings, **kwargs)
+        settings["history"] = check_history(settings.get("history"))  # an iterator would be read up by the first pass
+        html = self._page(RESUME_QUERY + text, image, settings)
+        script = self._page(SCRIPT_QUERY + html, image, settings)
         return write_page(real_pictures(add_scripts(html, script)), path)
 
-    @torch.no_grad()
+    @with_settings(PAGE_SETTINGS, after="image", through=THROUGH_PAGES)
     def screen_2_webpage(
         self,
         inst: str = "",
         image: Any = None,
-        max_new_tokens: int = 4800,
-        do_sample: bool = True,
-        num_beams: int = 2,
-        temperature: float = 1.0,
-        repetition_penalty: float = 3.0,
-        seed: int = -1,
-        use_meta: bool = False,
         task: str = "Screenshot-to-Webpage",
         output_path: str | os.PathLike | None = PUBLIC_FILE,
-        **kwargs,
+        **settings,
     ) -> str:
         """Write the HTML of the webpage that the picture `image` shows.
 
@@ -406,22 +378,9 @@ class ChatMixin(ConversationMixin):
         """
         if not as_list(image):
             raise ValueError("screen_2_webpage needs the picture of a webpage: pass image=[path]")
-        return self.write_webpage(
-            inst or SCREENSHOT_QUERY,
-            image,
-            max_new_tokens,
-            do_sample,
-            num_beams,
-            temperature,
-            repetition_penalty,
-            seed,
-            use_meta,
-            task,
-            output_path,
-            **kwargs,
-        )
+        path = page_path(task, output_path)
+        return write_page(real_pictures(self._page(inst or SCREENSHOT_QUERY, image, settings)), path)
 
-    def _web(self, query: str, image: Any, seed: int, use_meta: bool, tokenizer=None, **kwargs) -> str:
+    def _page(self, query: str, image: Any, settings: dict) -> str:
         """One pass with the web adapter."""
-        with seeded(seed):
-            return self.chat(tokenizer, query, image, use_meta=use_meta, infer_mode="web", **kwargs)[0]
+        return self.chat(query=query, image=image, infer_mode="web", **settings)[0]

@@ -7,7 +7,6 @@ tokens alone, as in the release.
 Legend: B conversations, T prompt tokens, D decoder width, L image tokens of one picture.
 """
 
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from transformers.utils import logging
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
 from .fingerprint_internlm_xcomposer2 import Stamp, UnreadableWeight, hooks_of, part_of, parts_of, stamp_of
 from .generation_internlm_xcomposer2 import PromptEmbeddings
-from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import load_media
 from .prompting_internlm_xcomposer2 import (
     CHAT_SYSTEM,
@@ -29,16 +27,19 @@ from .prompting_internlm_xcomposer2 import (
     chat_prompt,
     cut_answer,
     place_images,
+    short,
     tokenize_prompt,
     tokenize_with,
 )
 from .reuse_internlm_xcomposer2 import ReuseStore, digest
-from .threads_internlm_xcomposer2 import ComputeLock, takes_turns
+from .settings_internlm_xcomposer2 import as_ids, check_settings
+from .threads_internlm_xcomposer2 import ComputeLock, seeded, takes_turns
 
 logger = logging.get_logger(__name__)
 
-# That the penalty spares the prompt is what the release does.
-warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+# Settings of a call that are not `generate`'s: of how videos are read, and of its random numbers.
+OF_VIDEOS = ("num_frm", "start", "end", "fps")
+OF_CONVERSATION = (*OF_VIDEOS, "seed")
 
 
 class Conversation(NamedTuple):
@@ -65,6 +66,35 @@ def as_list(image: Any) -> list[Any]:
     if isinstance(image, Tensor) and image.ndim == 4:
         return list(image)
     return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def as_rows(generated: Any) -> Tensor:
+    """Generated ids, a row each, of what `generate` returns: a tensor, or an output that holds it."""
+    return generated if isinstance(generated, Tensor) else generated.sequences
+
+
+def with_penalty(settings: dict, spared: int | None = None) -> dict:
+    """Settings whose repetition penalty is a logits processor.
+
+    Args:
+        spared: so many ids of the prompt are not penalised; None: a prompt of embeddings has no ids.
+    """
+    penalty = settings.get("repetition_penalty", 1.0)
+    processors = LogitsProcessorList(settings.get("logits_processor") or [])
+    if penalty != 1.0:
+        processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=spared))
+    return {**settings, "repetition_penalty": 1.0, "logits_processor": processors}
+
+
+def check_text_length(text: str, limit: int, tokenizer) -> None:
+    """Raise a ValueError for a text that cannot fit `limit` tokens, without tokenising it: megabytes take seconds."""
+    if len(text) > limit:
+        longest_piece = max(map(len, tokenizer.get_vocab()))
+        if len(text) > limit * longest_piece:
+            raise ValueError(
+                f"the prompt has {len(text)} characters, which make {len(text) // longest_piece} tokens or more, but "
+                f"max_length is {limit}; shorten the text or the history"
+            )
 
 
 def place_of(module: torch.nn.Module) -> torch.device:
@@ -100,6 +130,11 @@ class ConversationMixin:
                 "no tokenizer: pass tokenizer=, or set model.tokenizer = AutoTokenizer.from_pretrained(path, "
                 "trust_remote_code=True) once"
             )
+        if not callable(tokenizer):
+            raise ValueError(
+                f"tokenizer is {short(tokenizer)}; pass the checkpoint's, AutoTokenizer.from_pretrained(path), first, "
+                f"then the query"
+            )
         return tokenizer
 
     def _system(
@@ -112,14 +147,28 @@ class ConversationMixin:
         return meta_instruction if use_meta or by_default else ""
 
     def _open(
-        self, tokenizer, text: str, image: Any, hd_num: int | None, max_length: int | None = None
+        self,
+        tokenizer,
+        text: str,
+        image: Any,
+        hd_num: int | None = None,
+        max_length: int | None = None,
+        **settings,
     ) -> Conversation:
-        """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's)."""
+        """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's).
+
+        Args:
+            settings: of a call; those of videos are read here, see `load_video`.
+        """
         images = as_list(image)
         pieces = place_images(text, len(images))
-        hd_num = self.config.layout.default_hd_num(len(images)) if hd_num is None else hd_num
-        check_hd_num(hd_num)
-        pictures = [load_media(source) for source in images]
+        checked = check_settings(
+            {"hd_num": self.config.layout.default_hd_num(len(images)) if hd_num is None else hd_num}
+        )
+        hd_num, limit = checked["hd_num"], self.config.context_length if max_length is None else max_length
+        check_text_length(text, limit, tokenizer)
+        video = {name: settings[name] for name in OF_VIDEOS if name in settings}
+        pictures = [load_media(source, **video) for source in images]
         lengths = self._image_lengths(pictures, hd_num)
         placeholders = [self.config.image_token_id] * len(pictures)
         prompt = tokenize_prompt(
@@ -130,7 +179,6 @@ class ConversationMixin:
             bos_on_each_piece=self.config.bos_on_each_piece,
             text_only_bos=self.config.text_only_bos,
         )
-        limit = max_length or self.config.context_length
         if len(prompt.input_ids) >= limit:
             raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num))
         digests = [digest(picture, hd_num, self.config.tile) for picture in pictures]
@@ -235,28 +283,51 @@ class ConversationMixin:
         rotary = self.model.language_model.rotary_emb
         return self.reuse.prefix_bytes > 0 and (rotary.factor is None or length <= rotary.max_position)
 
-    @staticmethod
-    def _settings(tokenizer, do_sample: bool, kwargs: dict) -> dict:
-        """Generation settings with the stops and defaults of a chat."""
-        if not do_sample:  # transformers warns about sampling settings that have no effect
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("temperature", "top_p", "top_k")}
+    def _settings(self, tokenizer, settings: dict, length: int) -> dict:
+        """Settings as `generate` takes them after a prompt of `length` tokens: with the stops of a chat, and lengths
+        counted from the prompt's end.
+
+        The penalty is a processor, since that it spares the prompt is what the release does, and no cause to warn.
+        """
+        settings = {name: value for name, value in settings.items() if name not in OF_CONVERSATION}
+        cache = settings.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"past_key_values hold {cache.get_seq_length()} positions: a conversation begins in an empty cache, "
+                f"and finds what it has computed before by itself"
+            )
+        stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_CLOSE)]
+        stops += as_ids(settings.pop("stop_token_ids", None))
+        most, least = settings.pop("max_length", None), settings.pop("min_length", None)
+        if most is not None or "max_new_tokens" not in settings:
+            room = max(1, (self.config.context_length if most is None else most) - length)
+            settings["max_new_tokens"] = min(room, settings.get("max_new_tokens", room))
+        if least is not None:
+            settings.setdefault("min_new_tokens", max(0, least - length))
+        if "stop_strings" in settings:
+            settings["tokenizer"] = tokenizer
         return {
-            "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_CLOSE)],
+            "eos_token_id": stops,
             "pad_token_id": tokenizer.pad_token_id,
             "use_cache": True,  # some releases' config says no, and every step would start over
-            "do_sample": do_sample,
-            **kwargs,
+            **settings,
         }
 
+    def _chooses_cache(self, settings: dict) -> bool:
+        """Whether the caller brings a cache or says which kind: then nothing of it is kept."""
+        said = [settings.get(name) for name in ("past_key_values", "cache_implementation")]
+        return any(value is not None for value in (*said, self.generation_config.cache_implementation))
+
     @takes_turns
-    def _answer(self, tokenizer, conversation: Conversation, infer_mode: str, do_sample: bool, **kwargs) -> str:
+    def _answer(self, tokenizer, conversation: Conversation, infer_mode: str, seed: int = -1, **kwargs) -> str:
         """Generate after one conversation and cut the answer; keeps its cache for the next turn."""
-        settings = self._settings(tokenizer, do_sample, kwargs)
+        settings = self._settings(tokenizer, kwargs, len(conversation.prompt.input_ids))
         if settings.get("prompt_lookup_num_tokens") or settings.get("assistant_model"):
-            return self._answer_from_ids(tokenizer, conversation, infer_mode, settings)
+            with seeded(seed):
+                return self._answer_from_ids(tokenizer, conversation, infer_mode, settings)
         pictures, stamp = self._stamps(infer_mode)
         length = len(conversation.prompt.input_ids)
-        own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
+        own_cache = self._chooses_cache(settings)
         reusable = not own_cache and stamp is not None and self._may_reuse(length)
         cache = self.reuse.take(conversation.key, stamp) if reusable else None
         if not own_cache:
@@ -266,14 +337,15 @@ class ConversationMixin:
             inputs_embeds = self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache)
         else:
             inputs_embeds = embeds.read()
-        generated = self.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=torch.ones_like(image_mask),
-            mm_token_type_ids=image_mask,
-            infer_mode=infer_mode,
-            **settings,
-        )
-        generated = generated if isinstance(generated, Tensor) else generated.sequences
+        with seeded(seed):
+            generated = self.generate(
+                inputs_embeds=inputs_embeds,
+                attention_mask=torch.ones_like(image_mask),
+                mm_token_type_ids=image_mask,
+                infer_mode=infer_mode,
+                **with_penalty(settings),
+            )
+        generated = as_rows(generated)
         if reusable and cache.get_seq_length():
             self._keep(conversation, generated[0].tolist(), stamp, cache)
         return cut_answer(tokenizer.decode(generated[0], skip_special_tokens=True))
@@ -304,26 +376,31 @@ class ConversationMixin:
         if pictures:
             tiles, inputs["image_grid_thw"] = self.config.layout.tiles(pictures, hd_num, self.font)
             inputs["pixel_values"] = tiles.to(place_of(self.model.vision_tower))
-            inputs["mm_token_type_ids"] = self.model.image_slots(input_ids).long()
-        penalty = settings.pop("repetition_penalty", 1.0)
-        processors = LogitsProcessorList(settings.pop("logits_processor", None) or [])
-        if penalty != 1.0:
-            length = len(prompt.input_ids)
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=length))
-        generated = self.generate(**inputs, infer_mode=infer_mode, logits_processor=processors, **settings)
-        generated = generated if isinstance(generated, Tensor) else generated.sequences
+            types = inputs["mm_token_type_ids"] = torch.zeros_like(input_ids)
+            for start, end in prompt.image_spans:
+                types[0, start:end] = 1
+        settings = with_penalty(settings, len(prompt.input_ids))
+        generated = self.generate(**inputs, infer_mode=infer_mode, **settings)
+        generated = as_rows(generated)
         return cut_answer(tokenizer.decode(generated[0, input_ids.shape[1] :], skip_special_tokens=True))
 
     @takes_turns
     def _answer_batch(
-        self, tokenizer, conversations: list[Conversation], infer_mode: str, do_sample: bool, **kwargs
+        self, tokenizer, conversations: list[Conversation], infer_mode: str, seed: int = -1, **kwargs
     ) -> list[str]:
         """Generate after several conversations at once.
 
         Each prompt runs by itself, continuing its own cache, so that neither padding nor a longer neighbour costs
         anything; their caches are then stacked, and the rows decode together.
         """
-        settings = self._settings(tokenizer, do_sample, kwargs)
+        lengths = [len(conversation.prompt.input_ids) for conversation in conversations]
+        longest = max(lengths)
+        starts = [longest - length for length in lengths]
+        settings = with_penalty(self._settings(tokenizer, kwargs, longest))
+        if self._chooses_cache(settings):
+            with seeded(seed):
+                generated = self.generate(**self._padded(conversations), infer_mode=infer_mode, **settings)
+            return self._texts(tokenizer, generated, len(lengths))
         pictures, stamp = self._stamps(infer_mode)
         caches, last = [], []
         for conversation in conversations:
@@ -334,30 +411,49 @@ class ConversationMixin:
             embeds, image_mask = self._embed(conversation, cache.get_seq_length(), pictures)
             last.append(self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache))
             caches.append(cache)
-        lengths = [len(conversation.prompt.input_ids) for conversation in conversations]
-        longest = max(lengths)
-        starts = [longest - length for length in lengths]
         batch = stack(caches)
         caches.clear()
         embeds = torch.cat(last)
         mask = torch.arange(longest, device=embeds.device)[None] >= torch.tensor(starts, device=embeds.device)[:, None]
-        generated = self.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            past_key_values=batch,
-            infer_mode=infer_mode,
-            **settings,
-        )
-        generated = generated if isinstance(generated, Tensor) else generated.sequences
+        with seeded(seed):
+            generated = self.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask.long(),
+                past_key_values=batch,
+                infer_mode=infer_mode,
+                **settings,
+            )
         copies = len(batch.layers[0].keys) // len(lengths)
-        returned = len(generated) // len(lengths)
         for i, (conversation, start) in enumerate(zip(conversations, starts, strict=True)):
             if stamp is not None and self._may_reuse(lengths[i]):
                 row = row_of(batch, i * copies, start, batch.get_seq_length())
                 crop(row, lengths[i] if copies > 1 else row.get_seq_length())
-                answer = [] if copies > 1 else generated[i * returned].tolist()
+                answer = [] if copies > 1 else as_rows(generated)[i].tolist()
                 self._keep(conversation, answer, stamp, row)
-        rows = generated[::returned]
+        return self._texts(tokenizer, generated, len(lengths))
+
+    def _padded(self, conversations: list[Conversation]) -> dict[str, Tensor]:
+        """Embeddings of several conversations as one batch (B, T, D) with its masks, filled up on the left."""
+        rows = [self._embed(conversation) for conversation in conversations]
+        longest = max(embeds.shape[1] for embeds, _ in rows)
+        rooms = [longest - embeds.shape[1] for embeds, _ in rows]
+        pad = torch.nn.functional.pad
+        types = [types for _, types in rows]
+        return {
+            "inputs_embeds": torch.cat(
+                [pad(e.read(), (0, 0, room, 0)) for (e, _), room in zip(rows, rooms, strict=True)]
+            ),
+            "attention_mask": torch.cat(
+                [pad(torch.ones_like(row), (room, 0)) for row, room in zip(types, rooms, strict=True)]
+            ),
+            "mm_token_type_ids": torch.cat([pad(row, (room, 0)) for row, room in zip(types, rooms, strict=True)]),
+        }
+
+    @staticmethod
+    def _texts(tokenizer, generated: Any, conversations: int) -> list[str]:
+        """The first answer to each conversation, cut."""
+        ids = as_rows(generated)
+        rows = ids[:: len(ids) // conversations]
         return [cut_answer(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     # Embedding helpers of the release's clients.
@@ -378,7 +474,7 @@ class ConversationMixin:
         """
         if image is None:
             return None
-        hd_num = self.hd_num if hd_num is None else hd_num
+        hd_num = check_settings({"hd_num": self.hd_num if hd_num is None else hd_num})["hd_num"]
         images = as_list(image) if isinstance(image, Tensor) else [image]
         pixels = [self._pixels(load_media(one), hd_num) for one in images]
         return self.img2emb(torch.stack(pixels))[0]

@@ -15,6 +15,11 @@ TURN_OPEN = "[UNUSED_TOKEN_146]"
 TURN_CLOSE = "[UNUSED_TOKEN_145]"
 IGNORE_INDEX = -100
 
+# How every name of a control token begins.
+CONTROL_OPENINGS = ("[UNUSED_TOKEN_", "<s>", "</s>", "<unk>")
+# A noncharacter of Unicode, made for uses inside a program. The tokenizer drops it and joins nothing across it.
+TEXT_JOINT = "\ufdd0"
+
 _WHO = (
     "You are an AI assistant whose name is InternLM-XComposer (浦语·灵笔).\n"
     "- InternLM-XComposer (浦语·灵笔) is a {kind} that is developed by Shanghai AI Laboratory (上海人工智能实验室). "
@@ -53,36 +58,75 @@ def turn(role: str, text: str) -> str:
     return f"{TURN_OPEN}{role}\n{text}{TURN_CLOSE}\n"
 
 
-def check_history(history: Iterable) -> list[tuple[str, str]]:
-    """`history` as (query, answer) pairs of text.
+def escape_control_tokens(text: str) -> str:
+    """Text in which the names of control tokens are spelled out: the tokenizer makes plain pieces of them.
+
+    The model reads the same text, and nothing that somebody typed opens or ends a turn.
+    """
+    for opening in CONTROL_OPENINGS:
+        text = text.replace(opening, opening[0] + TEXT_JOINT + opening[1:])
+    return text
+
+
+def short(value: object, length: int = 120) -> str:
+    """`repr` of a value, cut: messages stay readable whatever a caller passed."""
+    if isinstance(value, str | bytes):
+        value = value[:length]  # the repr of megabytes takes its time
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def check_text(name: str, value: object) -> str:
+    """`value`, if it is text that can be written in UTF-8.
+
+    Raises:
+        ValueError: it is no text, or holds half a character; names it by `name`.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {type(value).__name__}: {short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise ValueError(f"{name} holds {half!r} at {error.start}, half of a character; decode it as UTF-16") from error
+    return value
+
+
+def check_history(history: Iterable | None) -> list[tuple[str, str]]:
+    """`history` (an iterator is read here) as (query, answer) pairs of text.
 
     Raises:
         ValueError: an entry of another shape; says which.
     """
-    if isinstance(history, str | dict) or not isinstance(history or (), Iterable):
-        raise ValueError(f"history must be a list of (query, answer) pairs, got {type(history).__name__}: {history!r}")
+    if isinstance(history, str | bytes | dict) or not isinstance(history or (), Iterable):
+        kind = type(history).__name__
+        raise ValueError(f"history must be a list of (query, answer) pairs, got {kind}: {short(history)}")
     pairs = []
     for index, entry in enumerate(history or ()):
-        if isinstance(entry, str | dict) or not isinstance(entry, Sequence) or len(entry) != 2:
-            raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got {entry!r}")
+        if isinstance(entry, str | bytes | dict) or not isinstance(entry, Sequence) or len(entry) != 2:
+            raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got {short(entry)}")
         if not all(isinstance(part, str) for part in entry):
             kinds = ", ".join(type(part).__name__ for part in entry)
             raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got ({kinds})")
-        pairs.append((entry[0], entry[1]))
+        pairs.append((check_text(f"history[{index}]", entry[0]), check_text(f"history[{index}]", entry[1])))
     return pairs
 
 
-def chat_prompt(query: str, history: Iterable = (), system: str = "") -> str:
+def chat_prompt(query: str, history: Iterable = (), system: str = "", escape: bool = False) -> str:
     """System turn (if any), past turns, the query, and the header the model answers after.
 
+    Args:
+        escape: see `escape_control_tokens`; of all the text given, not of the turns around it.
+
     Raises:
-        ValueError: history of the wrong shape, or a query that is no text.
+        ValueError: history of the wrong shape, or a query or system text that is no text.
     """
-    if not isinstance(query, str):
-        raise ValueError(f"query must be text, got {type(query).__name__}")
-    past = "".join(turn("user", asked) + turn("assistant", said) for asked, said in check_history(history))
-    opening = turn("system", system) if system else ""
-    return f"{opening}{past}{turn('user', query)}{TURN_OPEN}assistant\n"
+    text_of = escape_control_tokens if escape else str
+    check_text("query", query)
+    pairs = check_history(history)
+    past = "".join(turn("user", text_of(asked)) + turn("assistant", text_of(said)) for asked, said in pairs)
+    opening = turn("system", text_of(check_text("meta_instruction", system))) if system else ""
+    return f"{opening}{past}{turn('user', text_of(query))}{TURN_OPEN}assistant\n"
 
 
 def training_text(turns: Iterable[tuple[str, str]]) -> str:

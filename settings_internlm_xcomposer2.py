@@ -4,16 +4,19 @@ transformers finds some wrong values itself, late and one by one, some in its in
 reports well (unknown modes, options that exclude each other) is left to it: `GenerationConfig` is asked early.
 """
 
+import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+
+from .prompting_internlm_xcomposer2 import short
 
 MOST_TOKENS = 2**20  # ten times what this model is known for; a larger number is a slip, and would run for days
 MOST_ROWS = 256  # beams or returned sequences: each is a row of the cache
@@ -23,6 +26,13 @@ COLDEST = 1e-6  # logits divided by less overflow
 
 # What a conversation passes to `generate` itself, and what has no meaning beside it.
 OWN_INPUTS = ("inputs", "custom_generate", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask")
+
+# Fields of a generation config that are none of the caller's wishes, or the conversation's own.
+NOT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")
+# Settings that only sampling reads.
+OF_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -35,14 +45,6 @@ class Rule(NamedTuple):
 
     wants: str
     read: Callable[[Any], Any]
-
-
-def short(value: Any, length: int = 120) -> str:
-    """`repr` of a value, cut: messages stay readable whatever a caller passed."""
-    if isinstance(value, str | bytes):
-        value = value[:length]  # the repr of megabytes takes its time
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _require(condition: bool) -> None:
@@ -75,7 +77,7 @@ def real(low: float, high: float = math.inf) -> Rule:
 
 
 def _read_flag(value: Any) -> bool:
-    _require(type(value).__name__ in ("bool", "bool_"))  # NumPy's and Python's
+    _require(value in (0, 1))  # NumPy's and Python's
     return bool(value)
 
 
@@ -107,6 +109,11 @@ def _read_streamer(value: Any) -> Any:
 
 def _read_callables(value: Any) -> Any:
     _require(not isinstance(value, str) and all(callable(entry) for entry in value))
+    return value
+
+
+def _read_text(value: Any) -> str:
+    _require(isinstance(value, str))
     return value
 
 
@@ -146,6 +153,7 @@ SETTINGS: dict[str, Rule] = {
     "num_return_sequences": whole(1, MOST_ROWS),
     "stop_strings": Rule("a text that is not empty, or a list of such texts", _read_stop_strings),
     "eos_token_id": TOKEN_IDS,
+    "stop_token_ids": TOKEN_IDS,
     "pad_token_id": whole(-1, MOST_SEED),
     # How a token is chosen
     "do_sample": FLAG,
@@ -195,9 +203,14 @@ SETTINGS: dict[str, Rule] = {
     "output_attentions": FLAG,
     "output_hidden_states": FLAG,
     # The conversation's
-    "hd_num": whole(1, MOST_TILES),
+    "infer_mode": Rule("the name of a mode or of a task adapter, such as 'base'", _read_text),
     "use_meta": FLAG,
     "escape_control_tokens": FLAG,
+    "hd_num": whole(1, MOST_TILES),
+    "num_frm": whole(1, 100_000),
+    "fps": real(1e-6, 1e6),
+    "start": whole(0, MOST_SEED),
+    "end": whole(0, MOST_SEED),
 }
 
 
@@ -240,3 +253,64 @@ def check_names(names: Iterable[str]) -> None:
             near = get_close_matches(name, sorted(known), 1)
             hint = f"did you mean {near[0]}?" if near else "see transformers' GenerationConfig for those there are"
             raise ValueError(f"{short(name)} is no setting of this method; {hint}")
+
+
+def as_ids(value: int | list[int] | None) -> list[int]:
+    """Token ids as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else value
+
+
+def merged_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a call, checked: what the caller gave, else what its `generation_config` says, else `defaults`.
+
+    None means that a setting is not given. The stops of a generation config join the conversation's own
+    (`stop_token_ids`): a copy of the model's config must not lose them.
+
+    Raises:
+        ValueError: see `check_names` and `check_settings`; what `GenerationConfig` refuses.
+    """
+    check_names(given)
+    given = {name: value for name, value in check_settings(given).items() if value is not None}
+    config = check_settings(config_settings(given.pop("generation_config", None)))
+    stops = as_ids(config.get("eos_token_id"))
+    config = {name: value for name, value in config.items() if name not in NOT_SETTINGS}
+    said = {**config, **given}
+    if "max_length" in said and "max_new_tokens" not in said:
+        defaults = {name: value for name, value in defaults.items() if name != "max_new_tokens"}
+    settings = check_settings({**defaults, **said})
+    if not settings.get("do_sample"):  # transformers warns about sampling settings that have no effect
+        settings = {name: value for name, value in settings.items() if name not in OF_SAMPLING}
+    GenerationConfig(**{name: value for name, value in settings.items() if name in vars(GenerationConfig())})
+    if stops:
+        settings["stop_token_ids"] = [*as_ids(settings.get("stop_token_ids")), *stops]
+    return settings
+
+
+def with_settings(defaults: Mapping[str, Any], after: str, through: Sequence[str] = ()) -> Callable[..., Callable]:
+    """Give a method settings with these defaults: parameters of its own, in this order, behind the one named `after`.
+
+    So a list of defaults is written once for all methods that share it. The method finds every setting of the call,
+    merged and checked, in its `**settings`.
+
+    Args:
+        through: further names that it takes there and passes on unseen.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        parameters = list(inspect.signature(method).parameters.values())
+        at = [parameter.name for parameter in parameters].index(after) + 1
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        added = [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
+        signature = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
+
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            own = signature.bind(*args, **kwargs).arguments
+            given = {**{name: own.pop(name) for name in defaults if name in own}, **own.pop("settings", {})}
+            passed = {name: given.pop(name) for name in through if name in given}
+            return method(**check_settings(own), **passed, **merged_settings(defaults, given))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate

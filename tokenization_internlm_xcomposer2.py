@@ -14,9 +14,11 @@ one.
 import os
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
+
+from .prompting_internlm_xcomposer2 import TEXT_JOINT
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 
@@ -134,7 +136,7 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
     """The released tokenizer: BPE with byte fallback, nothing normalised, BOS in front.
 
     `[UNUSED_TOKEN_145]` (ends a turn) and `[UNUSED_TOKEN_146]` (opens one) are plain one-token pieces: text may hold
-    them, and `skip_special_tokens` keeps them.
+    them, and `skip_special_tokens` keeps them. Text that went through `escape_control_tokens` spells their names out.
 
     Args:
         vocab_file: the SentencePiece `tokenizer.model`.
@@ -169,6 +171,8 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
         else:
             folder = kwargs.get("name_or_path") or "the folder given"
             raise ValueError(f"{folder} has no tokenizer.json and no tokenizer.model; download one of them")
+        if backend.pre_tokenizer is None:
+            backend.pre_tokenizer = pre_tokenizers.Split(TEXT_JOINT, "removed")
         saved = backend.post_processor is not None
         if add_bos_token is None:
             add_bos_token = _adds(backend, str(bos_token)) if saved else True
