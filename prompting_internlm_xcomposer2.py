@@ -93,7 +93,7 @@ def check_text(name: str, value: object) -> str:
 
 
 def check_history(history: Iterable | None) -> list[tuple[str, str]]:
-    """`history` (an iterator is read here) as (query, answer) pairs of text.
+    """`history` (an iterator is read here) as a list of its (query, answer) pairs of text.
 
     Raises:
         ValueError: an entry of another shape; says which.
@@ -108,7 +108,9 @@ def check_history(history: Iterable | None) -> list[tuple[str, str]]:
         if not all(isinstance(part, str) for part in entry):
             kinds = ", ".join(type(part).__name__ for part in entry)
             raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got ({kinds})")
-        pairs.append((check_text(f"history[{index}]", entry[0]), check_text(f"history[{index}]", entry[1])))
+        for part in entry:
+            check_text(f"history[{index}]", part)
+        pairs.append(entry)
     return pairs
 
 
