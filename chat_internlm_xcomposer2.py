@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
+from transformers.utils import logging
 
 from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of
 from .prompting_internlm_xcomposer2 import (
@@ -24,13 +25,15 @@ from .webpage_internlm_xcomposer2 import (
     PUBLIC_FILE,
     RESUME_QUERY,
     SCREENSHOT_QUERY,
-    SCRIPT_QUERY,
     add_scripts,
     page_path,
     read_resume,
     real_pictures,
+    script_query,
     write_page,
 )
+
+logger = logging.get_logger(__name__)
 
 # Settings of which only 1 streams, and why.
 CANNOT_STREAM = {
@@ -137,7 +140,6 @@ class ChatMixin(ConversationMixin):
         use_meta: bool = False,
         meta_instruction: str | None = None,
         escape_control_tokens: bool = False,
-        answer_start: str = "",
         **settings,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answer `query`, about pictures and videos if there are any.
@@ -152,7 +154,6 @@ class ChatMixin(ConversationMixin):
             infer_mode: task adapters that are on during this call: "base", "web", "write", or an adapter's name.
             use_meta: put `meta_instruction` (None: the released text) in front as the system turn. The older kinds
                 always have one, and `meta_instruction=""` drops it.
-            answer_start: text that the answer begins with; the model goes on from it, and what it adds is returned.
             settings: see the class.
 
         Returns:
@@ -166,7 +167,6 @@ class ChatMixin(ConversationMixin):
         self.config.adapters_of(infer_mode)
         tokenizer, history = self._tokenizer(tokenizer), check_history(history)
         text = chat_prompt(query, history, self._system(use_meta, meta_instruction), escape_control_tokens)
-        text += answer_start
         conversation = self._open(tokenizer, text, image, hd_num, **settings)
         answer = self._answer(tokenizer, conversation, infer_mode, streamer=streamer, **settings)
         return answer, with_turn(history, query, answer)
@@ -183,7 +183,6 @@ class ChatMixin(ConversationMixin):
         use_meta: bool = False,
         meta_instruction: str | None = None,
         escape_control_tokens: bool = False,
-        answer_start: str = "",
         **settings,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """As `chat`, but yields (answer so far, history with it) as the answer grows, last what `chat` returns.
@@ -198,7 +197,6 @@ class ChatMixin(ConversationMixin):
         self.config.adapters_of(infer_mode)
         tokenizer, history = self._tokenizer(tokenizer), check_history(history)
         text = chat_prompt(query, history, self._system(use_meta, meta_instruction), escape_control_tokens)
-        text += answer_start
         conversation = self._open(tokenizer, text, image, hd_num, **settings)
 
         def stream() -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -253,7 +251,6 @@ class ChatMixin(ConversationMixin):
         use_meta: bool = False,
         meta_instruction: str | None = None,
         escape_control_tokens: bool = False,
-        answer_start: str = "",
         **settings,
     ) -> tuple[list[str], list[list[tuple[str, str]]]]:
         """Answer several conversations at once.
@@ -283,7 +280,7 @@ class ChatMixin(ConversationMixin):
         for index, (query, image, history) in enumerate(zip(*rows.values(), strict=True)):
             try:
                 histories.append(check_history(history))
-                text = chat_prompt(query, histories[-1], system, escape_control_tokens) + answer_start
+                text = chat_prompt(query, histories[-1], system, escape_control_tokens)
                 conversations.append(self._open(tokenizer, text, image, hd_num, **settings))
             except (ValueError, FileNotFoundError, TypeError) as error:
                 raise type(error)(f"conversation {index}: {error}") from error
@@ -361,8 +358,11 @@ class ChatMixin(ConversationMixin):
         text = read_resume(inst)
         settings["history"] = check_history(settings.get("history"))  # an iterator would be read up by the first pass
         html = self._page(RESUME_QUERY + text, image, settings)
-        script = self._page(SCRIPT_QUERY + html, image, settings)
-        return write_page(real_pictures(add_scripts(html, script)), path)
+        try:
+            html = add_scripts(html, self._page(script_query(html, len(as_list(image))), image, settings))
+        except ValueError as error:  # the page does not fit beside what was asked: it is worth having by itself
+            logger.warning("The second pass could not run (%s): the page stays as the first pass wrote it.", error)
+        return write_page(real_pictures(html), path)
 
     @with_settings(PAGE_SETTINGS, after="image", through=THROUGH_PAGES)
     def screen_2_webpage(

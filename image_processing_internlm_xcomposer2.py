@@ -4,7 +4,6 @@ Legend: n pictures, N tiles of all of them, tile = side of one ViT input in pixe
 """
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,21 +29,12 @@ HUB_OPTIONS = (
     "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder", "_from_auto",
     "_from_pipeline", "image_processor_filename",
 )  # fmt: skip
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
-
 
 class InternLMXComposer2ImagesKwargs(TypedDict, total=False):
     """What a call may set: `hd_num`, most tiles of a picture (one number, or one for each), and `return_tensors`."""
 
     hd_num: int | list[int] | None
     return_tensors: str | TensorType | None
-
-
-def open_picture(source: Any) -> Any:
-    """`load_media`, which also takes bare base64, as some chat clients send it."""
-    if isinstance(source, str) and _BASE64.fullmatch(source) and not os.path.exists(source):
-        source = f"data:;base64,{''.join(source.split())}"
-    return load_media(source)
 
 
 def first_given(*values: Any) -> Any:
@@ -129,7 +119,7 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         """Open sources, in whatever nesting they come."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(source) for source in image_url_or_urls]
-        return open_picture(image_url_or_urls)
+        return load_media(image_url_or_urls)
 
     def preprocess(
         self,
@@ -159,7 +149,7 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
             raise ValueError(f"hd_num lists {len(hd_num)} numbers for {len(pictures)} images; pass one for each")
         for most in hd_num:
             hd_grid(1, 1, most, self.tile)  # a wrong hd_num shows before any picture is opened
-        tiles, grids = to_tiles([open_picture(picture) for picture in pictures], hd_num, self.tile)
+        tiles, grids = to_tiles([load_media(picture) for picture in pictures], hd_num, self.tile)
         return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:

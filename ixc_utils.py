@@ -100,7 +100,7 @@ def choose_frames(count: int, rate: float, num_frm: int, start: int | None, end:
     first, last = start or 0, count if end is None else min(end, count)
     if not 0 <= first < last:
         raise ValueError(f"start={start}, end={end} hold none of the video's {count} frames; need start < end, {count}")
-    picked = range(first, last, max(1, round(rate / fps)))
+    picked = range(first, last, max(1, round(min(rate / fps, count))))
     n = len(picked)
     return [picked[int(i * n / (num_frm + 1))] for i in range(num_frm)] if n > num_frm else list(picked)
 
@@ -116,11 +116,14 @@ def _hd_size(width: int, height: int, hd_num: int, tile: int, tiling: str = "cap
     ratio = aspect_ratio(width, height)
     if tiling == "none":
         return tile, tile
-    scale = 1
-    while (scale + 1) * math.ceil((scale + 1) / ratio) <= hd_num:
-        scale += 1
+    most = min(hd_num, 1 << 62)  # a float holds what is computed from it
     if tiling == "capped":  # never enlarge by more than filling the last tile
-        scale = min(scale, math.ceil(max(width, height) / tile))
+        most = min(most, math.ceil(max(width, height) / tile))
+    scale = 1
+    while scale < most:  # by halves: hd_num may be any number
+        middle = (scale + most + 1) // 2
+        fits = middle * math.ceil(middle / ratio) <= hd_num
+        scale, most = (middle, most) if fits else (scale, middle - 1)
     size = tile * scale, max(1, int(tile * scale / ratio))
     return size if width >= height else size[::-1]
 
@@ -367,7 +370,7 @@ def to_tiles(
 
     As `stack_tiles` of `to_pixels`, without the pixels in between. hd_num: of all, or one for each picture.
     """
-    most = [hd_num] * len(pictures) if isinstance(hd_num, int) else hd_num
+    most = hd_num if isinstance(hd_num, Sequence) else [hd_num] * len(pictures)
     grids = [(1, *media_grid(picture, limit, tile, tiling)) for picture, limit in zip(pictures, most, strict=True)]
     tiles = np.empty((sum(rows * cols for _, rows, cols in grids), 3, tile, tile), np.float32)
     start = 0

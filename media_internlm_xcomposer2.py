@@ -5,29 +5,30 @@ Nothing here touches the network but the http(s) address a caller passes as the 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import http.client
 import io
 import os
-import re
-import string
-import time
-import urllib.error
-import urllib.request
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .download_internlm_xcomposer2 import (
+    URL_MAX_BYTES,
+    URL_TIMEOUT,
+    decode_base64,
+    is_base64,
+    read_address,
+    scheme_of,
+    shorten,
+)
 from .ixc_utils import TILE, Font, Picture, aspect_ratio, check_hd_num, flatten, to_pixels, to_rgb
 from .video_decoding_internlm_xcomposer2 import (
-    BROKEN,
     DECODERS,  # noqa: F401  (also a name of this file)
     VIDEO_EXTENSIONS,
     File,
+    check_pixel_count,
     gif_frames,
     is_video,
     read_video,
@@ -35,8 +36,7 @@ from .video_decoding_internlm_xcomposer2 import (
 )
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-URL_TIMEOUT = 30.0  # seconds for the whole download
-URL_MAX_BYTES = 512 * 2**20
+PIXEL_RANGE = 100.0  # CLIP-normalised pixels lie between -2 and 3; those of 0 to 255 are a mistake to name
 
 
 def load_media(
@@ -66,24 +66,12 @@ def load_media(
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, torch.Tensor):
-        if not source.is_floating_point():
-            raise ValueError(
-                f"pixel tensor of dtype {source.dtype}; pass floating, CLIP-normalised (3, H, W) pixels, "
-                "or 8-bit pictures as PIL or numpy"
-            )
-        return source
+        return _from_tensor(source)
     if isinstance(source, (list, tuple)):
-        frames = [load_media(frame, timeout=timeout, max_bytes=max_bytes) for frame in source]
-        stills = [frame for frame in frames if isinstance(frame, Image.Image)]
-        if not frames or len(stills) < len(frames):
-            raise ValueError(
-                f"a list of {len(frames)} items, {len(stills)} of them pictures; a list is one video and holds its "
-                "frames, one or more still pictures: pass several sources one by one"
-            )
-        return stills
+        return _from_frames(source, timeout, max_bytes)
     name, file = _open(source, timeout, max_bytes)
     head = _head(file)
-    if is_video(head) or (head.startswith(b"GIF8") and gif_frames(file, name) > 1):
+    if is_video(head) or (head.startswith(b"GIF8") and gif_frames(file) > 1):
         return read_video(file, name, head, num_frm, start, end, fps, backend)[0]
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # Pillow would start Ghostscript for these
         raise ValueError(f"{name} is PostScript; convert it to PNG first")
@@ -94,7 +82,7 @@ def load_media(
             f"{name} is neither a picture nor a video that can be read (first bytes {head[:16]!r}); known extensions: "
             f"{' '.join(dict.fromkeys(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS))}"
         ) from error
-    except (Image.DecompressionBombError, *BROKEN) as error:
+    except Exception as error:  # each decoder has exceptions of its own
         raise unreadable(name, error) from error
     with img:
         return _still(img, name)
@@ -143,15 +131,46 @@ def media_pixels(
 def _from_array(array: np.ndarray) -> Image.Image:
     wanted = "(H, W), (H, W, 3) or (H, W, 4) of uint8, or of floats in [0, 1]"
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ValueError(f"array of shape {array.shape}; pass {wanted} (channels last)")
+        raise ValueError(f"array of shape {shorten(str(array.shape))}; pass {wanted} (channels last)")
+    try:
+        check_pixel_count(array.shape[1], array.shape[0])
+    except Image.DecompressionBombError as error:
+        raise unreadable("the array given", error) from error
+    array = np.asarray(array)  # a masked array's or a matrix's own arithmetic would get in the way
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise ValueError(f"float array with values from {low:g} to {high:g}; scale it to [0, 1] or pass uint8")
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"array of dtype {array.dtype}; pass {wanted}")
+        raise ValueError(f"array of dtype {shorten(str(array.dtype))}; pass {wanted}")
     return flatten(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _from_tensor(pixels: torch.Tensor) -> torch.Tensor:
+    wanted = "floating, CLIP-normalised (3, H, W) pixels, or 8-bit pictures as PIL or numpy"
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixel tensor of dtype {pixels.dtype}; pass {wanted}")
+    if pixels.is_meta or pixels.layout != torch.strided:
+        raise ValueError(f"pixel tensor on {pixels.device} of layout {pixels.layout} holds no pixels; pass {wanted}")
+    if pixels.numel():
+        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+        if not (low > -PIXEL_RANGE and high < PIXEL_RANGE):  # NaN fails too
+            raise ValueError(f"pixel tensor with values from {low:g} to {high:g}; pass {wanted}, about -2 to 3")
+    return pixels
+
+
+def _from_frames(frames: Sequence[Any], timeout: float, max_bytes: int) -> list[Image.Image]:
+    stills: list[Image.Image] = []
+    for frame in frames:
+        opened = None if isinstance(frame, (list, tuple)) else load_media(frame, timeout=timeout, max_bytes=max_bytes)
+        stills += [opened] if isinstance(opened, Image.Image) else []
+    if not stills or len(stills) < len(frames):
+        raise ValueError(
+            f"a list of {len(frames)} items, {len(stills)} of them pictures; a list is one video and holds its "
+            "frames, one or more still pictures: pass several sources one by one"
+        )
+    return stills
 
 
 def _still(img: Image.Image, name: str) -> Image.Image:
@@ -159,7 +178,7 @@ def _still(img: Image.Image, name: str) -> Image.Image:
     try:
         img.load()
         return to_rgb(img)
-    except (Image.DecompressionBombError, *BROKEN) as error:
+    except Exception as error:  # each decoder has exceptions of its own
         raise unreadable(name, error) from error
 
 
@@ -177,67 +196,24 @@ def _open(source: Any, timeout: float, max_bytes: int) -> tuple[str, File]:
             f"cannot read a {type(source).__name__}; pass a path, an http(s) or data: address, bytes, a PIL picture, "
             "a numpy array, a pixel tensor or a list of frames"
         )
-    path = os.fspath(source)
-    if isinstance(source, str) and (scheme := re.match(r"(data):|([A-Za-z][\w+.-]*)://", source)):
-        kind = (scheme[1] or scheme[2]).lower()
-        if kind in ("http", "https"):
-            return _fetch(source, timeout, max_bytes)
-        if kind == "data":
-            return _data_url(source, max_bytes)
-        raise ValueError(f"{source!r} has scheme {kind!r}; only http, https and data are read; pass files as a path")
+    path = os.fsdecode(source)
+    if isinstance(source, str) and scheme_of(source):
+        name, data = read_address(source, timeout, max_bytes)
+        return name, io.BytesIO(data)
+    name = repr(shorten(path))
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no file {path!r} (working directory {os.getcwd()!r}); check the path")
+        if isinstance(source, str) and is_base64(source):
+            name = f"{shorten(source, 60)!r}, no file, taken for base64,"
+            return name, io.BytesIO(decode_base64(source, name))
+        folder = shorten(os.getcwd())
+        raise FileNotFoundError(f"no file {name} (working directory {folder!r}); check the path")
     if os.path.isdir(path):
-        raise ValueError(f"{path!r} is a folder; pass one picture or video file in it")
+        raise ValueError(f"{name} is a folder; pass one picture or video file in it")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} is a device or a pipe; pass a picture or video file, or its bytes")
     if not os.path.getsize(path):
-        raise ValueError(f"{path!r} is empty (0 bytes); fetch or export it again")
-    return repr(path), path
-
-
-def _fetch(url: str, timeout: float, max_bytes: int) -> tuple[str, File]:
-    """Download with a limit on the whole time and size; redirects stay within http(s), as no other handler exists."""
-    opener = urllib.request.OpenerDirector()
-    for handler in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
-        opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    deadline, data = time.monotonic() + timeout, bytearray()
-    too_large = f"{url} is over {max_bytes} bytes; pass a smaller file or a larger max_bytes"
-    try:
-        request = urllib.request.Request(quote(url, safe=string.punctuation), headers={"User-Agent": "ixc_utils/2.5"})
-        with opener.open(request, timeout=timeout) as response:
-            kind = response.headers.get("Content-Type", "none")
-            if (response.length or 0) > max_bytes:
-                raise ValueError(too_large)
-            while chunk := response.read1(1 << 16):  # returns what has come, so that a slow sender meets the deadline
-                data += chunk
-                if len(data) > max_bytes:
-                    raise ValueError(too_large)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} answered {error.code} {error.reason}; check the address") from error
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
-            raise ValueError(f"{url} timed out after {timeout:g} s; try again or pass a larger timeout") from error
-        raise ValueError(f"{url} could not be fetched ({error}); check the address and the network") from error
-    if not data:
-        raise ValueError(f"{url} is empty (0 bytes, content type {kind}); check the address")
-    return f"{url} (content type {kind})", io.BytesIO(data)
-
-
-def _data_url(url: str, max_bytes: int) -> tuple[str, File]:
-    header, comma, payload = url.partition(",")
-    short = url[:40] + "..."
-    if len(payload) > max_bytes * 4 // 3 + 4:
-        raise ValueError(f"{short} is over {max_bytes} bytes; pass a smaller file or a larger max_bytes")
-    try:
-        raw = unquote_to_bytes(payload)
-        data = base64.b64decode(raw, validate=True) if header.endswith(";base64") else raw
-    except binascii.Error as error:
-        raise ValueError(f"{short} is not valid base64 ({error}); encode the file's bytes again") from error
-    if not comma or not data:
-        raise ValueError(f"{short} holds no data; write data:image/png;base64,...")
-    return short, io.BytesIO(data)
+        raise ValueError(f"{name} is empty (0 bytes); fetch or export it again")
+    return name, path
 
 
 def _head(file: File) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import numbers
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from .ixc_utils import check_count, choose_frames, flatten
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".wmv", ".webm", ".gif", ".m4v", ".mpg", ".ts", ".flv")
 DECODERS = {"av": "av", "torchcodec": "torchcodec.decoders", "decord": "decord"}  # name -> module, best first
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError)  # what Pillow raises on damaged files
+MAX_SERIAL_PIXELS = 1 << 29  # of a GIF, decoded at about 6 ns each
 
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures kept in an MP4-like box
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"pnot", b"uuid")
 _VIDEO_MAGIC = (b"\x1aE\xdf\xa3", b"0&\xb2u", b"FLV\x01", b"OggS", b"\0\0\x01\xba", b"\0\0\x01\xb3")
+TS_PACKET = 188  # bytes of an MPEG transport stream's packet
 _TS_DISCONT = 0x200  # FFmpeg's flag of formats whose time stamps may jump
 
 File = str | io.BytesIO  # local path, or contents
@@ -34,14 +36,24 @@ def is_video(head: bytes) -> bool:
     if head[4:8] in _MP4_BOXES:
         return head[8:12] not in _STILL_BRANDS
     riff = head[:4] == b"RIFF" and head[8:12] == b"AVI "
-    transport = head[:1] == head[188:189] == b"G"
+    packets = head[: TS_PACKET * 3 : TS_PACKET]  # each opens with the letter, which other files may hold by chance
+    transport = set(packets) == {ord("G")} and len(packets) > 1 and not head.startswith(b"GIF8")
     return riff or transport or head.startswith(_VIDEO_MAGIC)
 
 
 def unreadable(name: str, error: Exception) -> ValueError:
+    """The error to raise for a file that a decoder gave up on."""
     if isinstance(error, Image.DecompressionBombError):
         return ValueError(f"{name}: {error}; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file")
-    return ValueError(f"{name} is broken or cut short ({error}); fetch or export it again")
+    reason = str(error)[:500] or type(error).__name__
+    return ValueError(f"{name} is broken or cut short ({reason}); fetch or export it again")
+
+
+def check_pixel_count(width: int, height: int) -> None:
+    """Pillow's limit against files that claim more pixels than memory holds, for what Pillow does not open."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > 2 * most:
+        raise Image.DecompressionBombError(f"{width} x {height} pixels exceed the limit of {2 * most}")
 
 
 def read_video(
@@ -55,7 +67,7 @@ def read_video(
     backend: str | None,
 ) -> tuple[list[Image.Image], list[float]]:
     check_count("num_frm", num_frm, "the number of frames to keep, 32 by default")
-    if not fps > 0:
+    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not fps > 0:
         raise ValueError(f"fps is {fps!r}, but must be above 0: frames to take per second of video, 1 by default")
     for key, value in (("start", start), ("end", end)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0):
@@ -74,6 +86,11 @@ def read_video(
         raise unreadable(f"video {name}", error) from error
     while count > 0:
         wanted = choose_frames(count, reader.rate, num_frm, start, end, fps)
+        if reader.pixels_until(wanted[-1]) > MAX_SERIAL_PIXELS:
+            raise ValueError(
+                f"video {name}: frame {wanted[-1]} of {count} takes {reader.pixels_until(wanted[-1])} pixels to reach, "
+                f"more than {MAX_SERIAL_PIXELS}; convert it to MP4, or pass a smaller end"
+            )
         try:
             kept = reader.read(wanted)
             if len(kept) == len(wanted):
@@ -85,7 +102,7 @@ def read_video(
 
 
 def _decoder(backend: str | None) -> tuple[Any, Any]:
-    if backend is not None and backend not in DECODERS:
+    if backend is not None and (not isinstance(backend, str) or backend not in DECODERS):
         raise ValueError(f"backend is {backend!r}; use {', '.join(DECODERS)}, or None for the first one installed")
     for key in [backend] if backend else DECODERS:
         try:
@@ -104,6 +121,10 @@ class _Reader:
     def read(self, wanted: list[int]) -> list[tuple[Image.Image, float]]:
         raise NotImplementedError
 
+    def pixels_until(self, number: int) -> int:
+        """Pixels to decode before frame `number` shows, where each frame is drawn over the last; 0: none."""
+        return 0
+
     def recount(self) -> int:
         """Frames that do decode, where fewer do than count; 0 where the decoder cannot tell."""
         return 0
@@ -115,6 +136,7 @@ class _AvReader(_Reader):
     def __init__(self, av: Any, file: File):
         self.av, self.file = av, file
         with self._container() as (container, stream):
+            check_pixel_count(stream.codec_context.width, stream.codec_context.height)
             self.rate = float(stream.average_rate or stream.guessed_rate or 1)
             # a packet marked for discard is cut away by the container's edit list
             packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
@@ -213,11 +235,14 @@ class _GifReader(_Reader):
     def __init__(self, _: None, file: File):
         self.file, self.times = file, [0.0]
         with Image.open(file) as img:
-            for number in range(getattr(img, "n_frames", 1)):
-                img.seek(number)
-                self.times.append(self.times[-1] + (img.info.get("duration") or 100) / 1000)
+            self.pixels = img.width * img.height
+        for delay in gif_delays(_contents(file)):
+            self.times.append(self.times[-1] + (delay or 10) / 100)
         self.count = len(self.times) - 1
-        self.rate = self.count / self.times[-1]
+        self.rate = self.count / self.times[-1] if self.count else 1.0
+
+    def pixels_until(self, number: int) -> int:
+        return (number + 1) * self.pixels
 
     def read(self, wanted: list[int]) -> list[tuple[Image.Image, float]]:
         kept = []
@@ -231,9 +256,40 @@ class _GifReader(_Reader):
 _READERS = {"av": _AvReader, "torchcodec": _TorchcodecReader, "decord": _DecordReader}
 
 
-def gif_frames(file: File, name: str) -> int:
-    try:
-        with Image.open(file) as img:
-            return getattr(img, "n_frames", 1)
-    except (Image.DecompressionBombError, *BROKEN) as error:
-        raise unreadable(name, error) from error
+def gif_delays(data: bytes) -> list[int]:
+    """Each frame's delay in hundredths of a second, 0 where the file says none. Decodes nothing.
+
+    Source: the blocks of GIF89a, sections 17 to 27; what is cut short ends the list.
+    """
+    delays, delay = [], 0
+    at = 13 + _color_table(data[10:11])
+    while at < len(data) and data[at] in b"!,":
+        if data[at] == ord("!"):  # an extension: a label, then sub-blocks
+            if data[at + 1 : at + 2] == b"\xf9":
+                delay = int.from_bytes(data[at + 4 : at + 6], "little")
+            at += 2
+        else:  # a frame: its place, perhaps its colours, the least code size, then sub-blocks
+            delays.append(delay)
+            delay = 0
+            at += 11 + _color_table(data[at + 9 : at + 10])
+        while at < len(data) and data[at]:
+            at += data[at] + 1
+        at += 1
+    return delays
+
+
+def _color_table(flags: bytes) -> int:
+    """Bytes of the colour table that packed fields announce."""
+    return 3 << (flags[0] % 8 + 1) if flags and flags[0] & 0x80 else 0
+
+
+def _contents(file: File) -> bytes:
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()
+    with open(file, "rb") as opened:
+        return opened.read()
+
+
+def gif_frames(file: File) -> int:
+    """Number of frames of a GIF file."""
+    return len(gif_delays(_contents(file)))

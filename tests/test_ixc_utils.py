@@ -801,18 +801,21 @@ def test_data_url_too_large():
 # ----------------------------------------------------------------------------------------------------------- the module
 
 
+FILES = ["ixc_utils", "media_internlm_xcomposer2", "video_decoding_internlm_xcomposer2", "download_internlm_xcomposer2"]
+
+
 def test_loads_as_remote_code_by_itself(tmp_path, monkeypatch):
     dynamic = pytest.importorskip("transformers.dynamic_module_utils")
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "repo").mkdir()
-    for name in ("ixc_utils", "media_internlm_xcomposer2", "video_decoding_internlm_xcomposer2"):
+    for name in FILES:
         shutil.copy(ROOT / f"{name}.py", tmp_path / "repo")
     loaded = dynamic.get_class_from_dynamic_module("ixc_utils.load_video", str(tmp_path / "repo"))
     assert loaded.__name__ == "load_video"
 
 
-@pytest.mark.parametrize("name", ["ixc_utils", "media_internlm_xcomposer2", "video_decoding_internlm_xcomposer2"])
+@pytest.mark.parametrize("name", FILES)
 def test_nothing_heavy_is_imported(name, tmp_path):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)

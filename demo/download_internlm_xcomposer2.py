@@ -1,0 +1,1 @@
+../download_internlm_xcomposer2.py
