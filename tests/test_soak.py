@@ -19,7 +19,7 @@ def test_random_conversations_equal_recomputation(tiny_checkpoint, tiny_tokenize
     sources.append(str(GOLDEN / "videos" / "clip_90f_30fps_320x240.mp4"))
     result = soak.soak(model, 10, seed, turns=4, sources=sources)
     assert result["different"] == []
-    assert sum(result["calls"].values()) >= 20
+    assert sum(result["calls"].values()) >= 15
     first, last = result["held"][len(result["held"]) // 2], result["held"][-1]
     assert last["files"] <= first["files"] and last["threads"] <= first["threads"] + 1
     assert model.reuse.nbytes() <= (1 << 19) + (1 << 17)
