@@ -117,7 +117,7 @@ class AdaptedLinear(nn.Module):
         self.plora_scale = alpha / rank
         self.plora_dropout = config.plora_dropout
         resident = _RESIDENT.get()
-        ranks = dict(config.task_adapter_ranks)  # vLLM's --hf-overrides can say "none" by an empty list alone
+        ranks = config.task_adapter_ranks
         ranks = {name: rank for name, rank in ranks.items() if resident is None or name in resident}
         self.task_A = nn.ModuleDict({name: nn.Linear(in_features, rank, bias=False) for name, rank in ranks.items()})
         self.task_B = nn.ModuleDict({name: nn.Linear(rank, out_features, bias=False) for name, rank in ranks.items()})

@@ -181,7 +181,7 @@ def test_adapters_side_by_side_on_two_tensor_parallel_processes(tmp_path, checkp
 def test_merged_write_compiled_on_two_stages(tmp_path, checkpoint, media, transformers_says):
     """(vLLM's CPU build runs stages only where it compiles.)"""
     merged = merge(checkpoint, tmp_path / "write", "write", progress=False)
-    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False, "max_model_len": LENGTH}
     job = generate(tmp_path, media, merged, environment=TWO_PROCESSES, **options)
     assert job["answers"] == expected(transformers_says, "write")
     assert "Prefix caching is off" not in job["log"]
