@@ -12,6 +12,7 @@ import functools
 import http.client
 import io
 import re
+import socket
 import string
 import time
 import urllib.error
@@ -24,6 +25,8 @@ URL_TIMEOUT = 30.0  # seconds for the whole download
 ANSWER_TIMEOUT = 4.0  # of these, until the headers of the last redirect are there: a caller waits for nothing else
 URL_MAX_BYTES = 512 * 2**20
 MAX_REDIRECTS = 10
+
+Allow = Callable[[str], bool]
 
 _SCHEME = re.compile(r"(data):|([A-Za-z][\w+.-]*)://", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
@@ -46,8 +49,13 @@ def is_base64(source: str) -> bool:
     return _BASE64.fullmatch(source) is not None
 
 
-def read_address(source: str, timeout: float = URL_TIMEOUT, max_bytes: int = URL_MAX_BYTES) -> tuple[str, bytes]:
+def read_address(
+    source: str, timeout: float = URL_TIMEOUT, max_bytes: int = URL_MAX_BYTES, allow: Allow | None = None
+) -> tuple[str, bytes]:
     """(name for messages, contents) of an http(s) or data: address.
+
+    allow says of each IP address, redirects' too, whether it may be connected to (never through a proxy then); None:
+    all may.
 
     Raises ValueError for an address that is wrong or of another scheme, that does not answer within the limits, that
     answers with an error or nothing, or whose contents stop short of their Content-Length.
@@ -60,7 +68,7 @@ def read_address(source: str, timeout: float = URL_TIMEOUT, max_bytes: int = URL
             f"{shorten(source)!r} has scheme {shorten(str(scheme), 60)!r}; only http, https and data are read; "
             "pass files as a path"
         )
-    return _download(source, timeout, max_bytes)
+    return _download(source, timeout, max_bytes, allow)
 
 
 # ----------------------------------------------------------------------------------------------------------- data:
@@ -137,7 +145,15 @@ class _TimedResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_TimedReader(sock, clock))
 
 
-def _timed(connection_class: type, clock: _Clock) -> Callable[..., http.client.HTTPConnection]:
+def _connect(address: tuple[str, int], timeout: float, source: Any = None, *, allow: Allow) -> socket.socket:
+    """A connection to an allowed address: the one that was checked, whatever the name means a moment later."""
+    found = [row[4][0] for row in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+    if not all(map(allow, found)):
+        raise PermissionError(f"{address[0]} lies in a network that may not be reached from here")
+    return socket.create_connection((found[0], address[1]), timeout, source)
+
+
+def _timed(connection_class: type, clock: _Clock, allow: Allow | None) -> Callable[..., http.client.HTTPConnection]:
     """A connection class whose connecting and reading end with the download's time."""
 
     class Timed(connection_class):
@@ -145,27 +161,29 @@ def _timed(connection_class: type, clock: _Clock) -> Callable[..., http.client.H
 
         def connect(self) -> None:
             self.timeout = clock.left()
+            if allow is not None:
+                self._create_connection = functools.partial(_connect, allow=allow)
             super().connect()
 
     return Timed
 
 
 class _HTTP(urllib.request.HTTPHandler):
-    def __init__(self, clock: _Clock):
+    def __init__(self, clock: _Clock, allow: Allow | None):
         super().__init__()
-        self.clock = clock
+        self.clock, self.allow = clock, allow
 
     def http_open(self, request: Any) -> Any:
-        return self.do_open(_timed(http.client.HTTPConnection, self.clock), request)
+        return self.do_open(_timed(http.client.HTTPConnection, self.clock, self.allow), request)
 
 
 class _HTTPS(urllib.request.HTTPSHandler):
-    def __init__(self, clock: _Clock):
+    def __init__(self, clock: _Clock, allow: Allow | None):
         super().__init__()
-        self.clock = clock
+        self.clock, self.allow = clock, allow
 
     def https_open(self, request: Any) -> Any:
-        return self.do_open(_timed(http.client.HTTPSConnection, self.clock), request)
+        return self.do_open(_timed(http.client.HTTPSConnection, self.clock, self.allow), request)
 
 
 def _checked_url(url: str) -> str:
@@ -178,10 +196,11 @@ def _checked_url(url: str) -> str:
     return quote(parts._replace(netloc=parts.netloc.replace(host, ascii_host)).geturl(), safe=string.punctuation)
 
 
-def _download(url: str, timeout: float, max_bytes: int) -> tuple[str, bytes]:
+def _download(url: str, timeout: float, max_bytes: int, allow: Allow | None) -> tuple[str, bytes]:
     name, clock = shorten(url), _Clock(timeout)
     opener = urllib.request.OpenerDirector()  # neither files nor ftp, and no redirects but those followed here
-    for handler in (urllib.request.ProxyHandler(), urllib.request.UnknownHandler(), _HTTP(clock), _HTTPS(clock)):
+    proxies = [urllib.request.ProxyHandler()] if allow is None else []  # what a proxy connects to, none sees here
+    for handler in (*proxies, urllib.request.UnknownHandler(), _HTTP(clock, allow), _HTTPS(clock, allow)):
         opener.add_handler(handler)
     try:
         with _follow(opener, url, name, clock) as response:

@@ -1,8 +1,4 @@
-"""The weight files of a folder: which of them count, what their headers say, and their tensors one by one.
-
-The one reader for the model, for adopting, merging and inspecting: all look where transformers looks, in its order.
-Headers give names, shapes and dtypes; data is mapped into memory and read when a tensor is asked for.
-"""
+"""What weight files say of themselves: names, shapes and dtypes, read from their headers, never their data."""
 
 import json
 import math
@@ -13,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 # What transformers looks for in a folder, in its order, and whether that is an index of several files.
 LAYOUTS = {
@@ -31,16 +25,12 @@ SAFETENSORS_DTYPES = {
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-class Misfit(ValueError):
-    """The folder cannot be used; `lines` say why, one fault each."""
+class Misfit(Exception):
+    """The folder cannot be adopted; `lines` say why, one fault each."""
 
     def __init__(self, *lines: str):
         super().__init__("\n".join(lines))
         self.lines = lines
-
-
-class NoWeights(Misfit):
-    """The folder has no weight file of the names that are looked for."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +49,6 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return self.size * getattr(torch, self.dtype).itemsize
-
-    @property
-    def is_floating(self) -> bool:
-        return getattr(torch, self.dtype).is_floating_point
 
 
 def some(names: Iterable[str], shown: int = 3) -> str:
@@ -154,35 +140,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def with_variant(name: str, variant: str | None) -> str:
-    """`model.safetensors` -> `model.fp16.safetensors`, `model.safetensors.index.json` -> `...index.fp16.json`."""
-    stem, _, suffix = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{suffix}"
-
-
-def weight_files(
-    folder: Path, variant: str | None = None, use_safetensors: bool | None = None
-) -> tuple[list[str], dict[str, str]]:
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the files that transformers would load, and where the index (if any) puts each tensor.
 
-    Args:
-        variant, use_safetensors: as in `from_pretrained`.
-
     Raises:
-        NoWeights: there are none. Misfit: the index names files that are not there.
+        Misfit: there are none, or the index names files that are not there.
     """
-    layouts = [name for name in LAYOUTS if use_safetensors is None or use_safetensors == (".safetensors" in name)]
-    names = {with_variant(name, variant): name for name in layouts}
-    found = next((name for name in names if (folder / name).is_file()), None)
-    if found is None:
+    layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    if layout is None:
         loose = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
         if loose:
-            raise NoWeights(f"{count(len(loose), 'weight file')} ({some(loose)}) but none of {', '.join(names)}")
+            raise Misfit(f"{count(len(loose), 'weight file')} ({some(loose)}) but none of {', '.join(LAYOUTS)}")
         here = sorted(path.name for path in folder.iterdir())
         there = f"it has {some(here)}" if here else "it is empty"
-        raise NoWeights(f"no weights: none of {', '.join(names)} ({there}); download them first")
-    layout = found
-    if not LAYOUTS[names[layout]]:
+        raise Misfit(f"no weights: none of {', '.join(LAYOUTS)} ({there}); download them first")
+    if not LAYOUTS[layout]:
         return [layout], {}
     where = read_json(folder / layout).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
@@ -201,15 +173,13 @@ def weight_files(
     return files, where
 
 
-def read_headers(
-    folder: Path, variant: str | None = None, use_safetensors: bool | None = None
-) -> tuple[list[str], list[Stored]]:
-    """The weight files of `folder` and the tensors in them; arguments as `weight_files`.
+def read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
+    """The weight files of `folder` and the tensors in them.
 
     Raises:
         Misfit: all faults of the files together.
     """
-    files, where = weight_files(folder, variant, use_safetensors)
+    files, where = weight_files(folder)
     faults: list[str] = []
     stored: list[Stored] = []
     for file in files:
@@ -231,50 +201,3 @@ def read_headers(
     if faults:
         raise Misfit(*faults)
     return files, stored
-
-
-class WeightFiles:
-    """The tensors of a folder's weight files by name; arguments as `weight_files`.
-
-    A file stays mapped once it is opened, so that it can still be read after its name is gone. A copy or a pickle of
-    this object holds names alone and opens the files anew.
-
-    Raises:
-        Misfit: no weights, a file that is missing, cut short or no weight file, a name in two files.
-    """
-
-    def __init__(self, folder: Path, variant: str | None = None, use_safetensors: bool | None = None):
-        self.folder = folder
-        self.files, stored = read_headers(folder, variant, use_safetensors)
-        self.tensors: dict[str, Stored] = {tensor.name: tensor for tensor in stored}
-        self._mapped: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}
-
-    def __deepcopy__(self, memo: dict) -> "WeightFiles":
-        return self
-
-    def map(self, file: str) -> Any:
-        """Map a file into memory, once.
-
-        Raises:
-            Misfit: it cannot be opened any more.
-        """
-        if file not in self._mapped:
-            path = self.folder / file
-            try:
-                if file.endswith(".safetensors"):
-                    self._mapped[file] = safe_open(path, framework="pt")
-                else:
-                    with path.open("rb") as opened:
-                        zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 cannot be mapped
-                    self._mapped[file] = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-            except Exception as error:  # of safetensors, of the unpickler, of the system
-                raise Misfit(f"{path} cannot be read ({error}); is it still there, and whole?") from error
-        return self._mapped[file]
-
-    def read(self, name: str) -> Tensor:
-        """The tensor called `name`, in memory of its own."""
-        source = self.map(self.tensors[name].file)
-        return (source[name] if isinstance(source, Mapping) else source.get_tensor(name)).clone()

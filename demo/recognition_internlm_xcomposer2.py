@@ -1,1 +1,0 @@
-../recognition_internlm_xcomposer2.py

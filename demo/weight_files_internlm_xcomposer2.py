@@ -1,1 +1,0 @@
-../weight_files_internlm_xcomposer2.py
