@@ -8,6 +8,7 @@ Legend: B conversations, T prompt tokens, D decoder width, L image tokens of one
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
 from .fingerprint_internlm_xcomposer2 import Stamp, UnreadableWeight, hooks_of, part_of, parts_of, stamp_of
 from .generation_internlm_xcomposer2 import PromptEmbeddings
-from .media_internlm_xcomposer2 import load_media
+from .media_internlm_xcomposer2 import load_media, source_identity
 from .prompting_internlm_xcomposer2 import (
     CHAT_SYSTEM,
     SYSTEM_TEXTS,
@@ -57,6 +58,14 @@ class Conversation(NamedTuple):
         for (start, end), content in zip(self.prompt.image_spans, self.digests, strict=True):
             key[start:end] = [content] * (end - start)
         return key
+
+
+class OpenedSource(NamedTuple):
+    """A picture, or the call that reads it where nobody needs its pixels yet; its tokens; the digest of its content."""
+
+    picture: Any
+    length: int
+    digest: bytes
 
 
 def as_list(image: Any) -> list[Any]:
@@ -168,8 +177,8 @@ class ConversationMixin:
         hd_num, limit = checked["hd_num"], self.config.context_length if max_length is None else max_length
         check_text_length(text, limit, tokenizer)
         video = {name: settings[name] for name in OF_VIDEOS if name in settings}
-        pictures = [load_media(source, **video) for source in images]
-        lengths = self._image_lengths(pictures, hd_num)
+        sources = [self._open_source(source, text, hd_num, video) for source in images]
+        pictures, lengths = [source.picture for source in sources], [source.length for source in sources]
         placeholders = [self.config.image_token_id] * len(pictures)
         prompt = tokenize_prompt(
             pieces,
@@ -181,8 +190,33 @@ class ConversationMixin:
         )
         if len(prompt.input_ids) >= limit:
             raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num))
-        digests = [digest(picture, hd_num, self.config.tile) for picture in pictures]
-        return Conversation(prompt, pictures, digests, hd_num)
+        return Conversation(prompt, pictures, [source.digest for source in sources], hd_num)
+
+    def _open_source(self, source: Any, text: str, hd_num: int, video: dict) -> "OpenedSource":
+        """Read a picture or video, unless it is known and its embeddings are kept: then it stays as it is, unread."""
+        tile, known = self.config.tile, self.reuse.sources
+        read = partial(load_media, source, tile=tile, **video)
+        identity = source_identity(source) if self.reuse.picture_bytes else None
+        key = identity, hd_num, tile, self.config.layout, *(repr(item) for item in sorted(video.items()))
+        found = known.find(key, text) if identity is not None else None
+        if found is not None and self.reuse.holds_picture(found[1]):
+            known.keep(key, text, found)
+            return OpenedSource(read, *found)
+        picture = read()
+        (length,), content = self._image_lengths([picture], hd_num), digest(picture, hd_num, tile)
+        if identity is not None:
+            known.keep(key, text, (length, content))
+        return OpenedSource(picture, length, content)
+
+    def _picture(self, conversation: Conversation, index: int) -> Any:
+        """One picture of a conversation, read now where `_open_source` left it."""
+        picture = conversation.pictures[index]
+        if not isinstance(picture, partial):
+            return picture
+        picture = picture()
+        if digest(picture, conversation.hd_num, self.config.tile) != conversation.digests[index]:
+            raise ValueError(f"picture {index + 1} has changed since this conversation began; begin a new one")
+        return picture
 
     def _image_lengths(self, pictures: list[Any], hd_num: int) -> list[int]:
         layout = self.config.layout
@@ -191,7 +225,10 @@ class ConversationMixin:
     def _too_long(self, length: int, of_images: int, limit: int, pictures: list[Any], hd_num: int) -> str:
         """What to do about a prompt of `length` tokens where fewer than `limit` fit."""
         message = f"the prompt has {length} tokens ({of_images} of them image tokens), but max_length is {limit}; "
-        for fewer in range(hd_num - 1, 0, -1):
+        pictures = [picture() if isinstance(picture, partial) else picture for picture in pictures]
+        grids = [self.config.layout.grid(picture, hd_num) for picture in pictures]
+        most = max((rows * cols for rows, cols in grids), default=1)  # a greater hd_num changes nothing
+        for fewer in range(min(hd_num - 1, most), 0, -1):
             if length - of_images + sum(self._image_lengths(pictures, fewer)) < limit:
                 return message + f"hd_num={fewer} would fit (hd_num is {hd_num} now)"
         return message + "shorten the text or the history" + (", or pass fewer images" if pictures else "")
@@ -208,7 +245,7 @@ class ConversationMixin:
         found = [self.reuse.picture(key) if need and keep else None for key, need in zip(keys, needed, strict=True)]
         missing = [i for i, need in enumerate(needed) if need and found[i] is None]
         if missing:
-            pictures = [conversation.pictures[i] for i in missing]
+            pictures = [self._picture(conversation, i) for i in missing]
             tiles, grids = self.config.layout.tiles(pictures, conversation.hd_num, self.font)
             tiles = tiles.to(place_of(self.model.vision_tower))
             features = self.get_image_features(tiles, grids, return_dict=True).pooler_output
@@ -370,7 +407,8 @@ class ConversationMixin:
 
     def _answer_from_ids(self, tokenizer, conversation: Conversation, infer_mode: str, settings: dict) -> str:
         """Generate from token ids, where drafts are looked up in the prompt; the penalty still spares the prompt."""
-        prompt, pictures, _, hd_num = conversation
+        prompt, hd_num = conversation.prompt, conversation.hd_num
+        pictures = [self._picture(conversation, i) for i in range(len(conversation.pictures))]
         input_ids = torch.tensor([prompt.input_ids], device=place_of(self.get_input_embeddings()))
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if pictures:

@@ -218,6 +218,17 @@ def frame2img(imgs: Sequence[Image.Image], font: Font | None = None, tile: int =
     return canvas
 
 
+def shrink_frame(img: Image.Image, tile: int = TILE) -> Image.Image:
+    """A frame in the size that `frame2img` gives it, so that a video is never whole in memory.
+
+    Stitched, it is the same byte for byte: where rounding would part the two, or nothing is gained, it stays as it is.
+    """
+    (size,), _, _ = _stitch_plan([img.size], tile)
+    if size[0] * size[1] >= img.width * img.height or _stitch_plan([size], tile)[0] != [size]:
+        return img
+    return flatten(img).resize(size, Image.Resampling.BILINEAR)
+
+
 def get_font(size: float = BAND, folder: str | os.PathLike | None = None) -> Font:
     """The label font: the first .ttf or .otf file of the model folder, else Pillow's own. Never downloads.
 

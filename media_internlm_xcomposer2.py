@@ -5,9 +5,12 @@ Nothing here touches the network but the http(s) address a caller passes as the 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,13 +52,14 @@ def load_media(
     backend: str | None = None,
     timeout: float = URL_TIMEOUT,
     max_bytes: int = URL_MAX_BYTES,
+    tile: int | None = None,
 ) -> Picture:
     """Read one picture or video.
 
     source: a path, an http(s) or data: address, or the bytes of a picture or video file; a PIL picture of any mode;
     a uint8 or [0, 1] float array of (H, W), (H, W, 3) or (H, W, 4); a list of such pictures, the frames of one video
     (all are kept); a floating pixel tensor. num_frm, start, end, fps, backend: see `load_video`.
-    timeout (seconds) and max_bytes limit a download.
+    timeout (seconds) and max_bytes limit a download. tile: a video's frames come in the size they will be stitched in.
 
     Returns an RGB picture; a list of RGB frames for a video or an animated GIF; a pixel tensor as it is.
     Raises FileNotFoundError, ImportError without a video decoder, TypeError for a source of another type, and
@@ -72,7 +76,7 @@ def load_media(
     name, file = _open(source, timeout, max_bytes)
     head = _head(file)
     if is_video(head) or (head.startswith(b"GIF8") and gif_frames(file) > 1):
-        return read_video(file, name, head, num_frm, start, end, fps, backend)[0]
+        return read_video(file, name, head, num_frm, start, end, fps, backend, tile)[0]
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # Pillow would start Ghostscript for these
         raise ValueError(f"{name} is PostScript; convert it to PNG first")
     try:
@@ -180,6 +184,85 @@ def _still(img: Image.Image, name: str) -> Image.Image:
         return to_rgb(img)
     except Exception as error:  # each decoder has exceptions of its own
         raise unreadable(name, error) from error
+
+
+# ------------------------------------------------------------------------------------------------------ known sources
+
+
+def source_identity(source: Any) -> Hashable | None:
+    """What tells a source apart without decoding it; None where it is to be opened anyway, or does not exist.
+
+    A file: its real path, device, inode, size and time of change. Bytes and data: addresses: their hash. An http(s)
+    address: itself, which says nothing about its contents: see `KnownSources`. A list: that of each item. Opened
+    pictures, arrays and tensors cost nothing to open: None.
+    """
+    if isinstance(source, (list, tuple)):
+        items = tuple(source_identity(item) for item in source)
+        return None if None in items else items
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "bytes", _hash(source)
+    if isinstance(source, str) and (scheme := scheme_of(source)):
+        return ("data", _hash(source)) if scheme == "data" else ("address", source)
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    try:
+        path = os.path.realpath(source)
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return "file", path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _has_address(identity: Hashable) -> bool:
+    return isinstance(identity, tuple) and (identity[:1] == ("address",) or any(map(_has_address, identity)))
+
+
+class KnownSources:
+    """What reading a source gave, so that a later turn need not read it again. The oldest of `limit` goes first.
+
+    The contents behind an address may change, so an address is known within its conversation alone: to a prompt that
+    goes on where a prompt with it ended.
+    """
+
+    def __init__(self, limit: int = 1024):
+        self._limit, self._lock = limit, threading.Lock()
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+        self._prompts: dict[Hashable, list[tuple[int, bytes]]] = {}  # of an address: length and hash of past prompts
+
+    def find(self, key: tuple[Hashable, ...], prompt: str) -> Any | None:
+        """What was kept under `key`, whose first item is a `source_identity`; of an address, if `prompt` goes on."""
+        with self._lock:
+            for length, past in reversed(self._prompts.get(key, [])):
+                if length < len(prompt) and _hash(prompt[:length]) == past:
+                    return self._known.get((key, past))
+            return self._known.get(key)
+
+    def keep(self, key: tuple[Hashable, ...], prompt: str, value: Any) -> None:
+        """Keep what reading the source of `key` gave, in the conversation whose text is `prompt`."""
+        with self._lock:
+            if _has_address(key[0]):
+                prompts = self._prompts.setdefault(key, [])
+                past = _hash(prompt)
+                self._prompts[key] = [entry for entry in prompts if entry[1] != past] + [(len(prompt), past)]
+                self._known[key, past] = value
+            else:
+                self._known[key] = value
+            while len(self._known) > self._limit:
+                oldest, _ = self._known.popitem(last=False)
+                if isinstance(oldest[-1], bytes) and oldest[0] in self._prompts:
+                    left = [entry for entry in self._prompts.pop(oldest[0]) if entry[1] != oldest[1]]
+                    self._prompts.update({oldest[0]: left} if left else {})
+
+    def clear(self) -> None:
+        """Forget every source."""
+        with self._lock:
+            self._known.clear()
+            self._prompts.clear()
+
+
+def _hash(contents: Any) -> bytes:
+    contents = contents.encode("utf-8", "surrogatepass") if isinstance(contents, str) else contents
+    return hashlib.blake2b(contents, digest_size=16).digest()
 
 
 # -------------------------------------------------------------------------------------------------- files and addresses

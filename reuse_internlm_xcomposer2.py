@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop, drop_room, row_bytes, row_of
 from .fingerprint_internlm_xcomposer2 import Stamp
+from .media_internlm_xcomposer2 import KnownSources
 
 Key = Sequence[Hashable]  # a conversation: token ids, and for each token of a picture the picture's digest
 
@@ -61,6 +62,7 @@ class ReuseStore:
 
     def __init__(self, prefix_bytes: int = 2 << 30, picture_bytes: int = 512 << 20):
         self._prefixes: list[Prefix] = []
+        self.sources = KnownSources()  # so that a picture whose embeddings are kept is not read again
         self._pictures: OrderedDict[tuple[Stamp, Hashable], Tensor] = OrderedDict()
         self._limits = [prefix_bytes, picture_bytes]
         self._lock = threading.RLock()
@@ -103,6 +105,7 @@ class ReuseStore:
         with self._lock:
             self._prefixes.clear()
             self._pictures.clear()
+        self.sources.clear()
 
     def nbytes(self) -> int:
         """Bytes held now."""
@@ -177,6 +180,11 @@ class ReuseStore:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
             return self._pictures.get(key)
+
+    def holds_picture(self, content: Hashable) -> bool:
+        """Whether embeddings of a picture of that digest are kept, of whatever weights."""
+        with self._lock:
+            return any(kept == content for _, kept in self._pictures)
 
     def keep_picture(self, key: tuple[Stamp, Hashable], embeds: Tensor) -> None:
         """Keep a picture's embeddings (L, D)."""

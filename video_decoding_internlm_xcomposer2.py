@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .ixc_utils import check_count, choose_frames, flatten
+from .ixc_utils import check_count, choose_frames, flatten, shrink_frame
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".wmv", ".webm", ".gif", ".m4v", ".mpg", ".ts", ".flv")
 DECODERS = {"av": "av", "torchcodec": "torchcodec.decoders", "decord": "decord"}  # name -> module, best first
@@ -65,7 +65,9 @@ def read_video(
     end: int | None,
     fps: float,
     backend: str | None,
+    tile: int | None = None,
 ) -> tuple[list[Image.Image], list[float]]:
+    """(frames, their times in seconds); see `load_video`. tile: frames are shrunk for it as they are read."""
     check_count("num_frm", num_frm, "the number of frames to keep, 32 by default")
     if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not fps > 0:
         raise ValueError(f"fps is {fps!r}, but must be above 0: frames to take per second of video, 1 by default")
@@ -81,6 +83,7 @@ def read_video(
         raise ValueError(f"{name} is no video (first bytes {head[:16]!r}); known extensions: {known}")
     try:
         reader = reader_of(module, file)
+        reader.tile = tile
         count = reader.count
     except Exception as error:  # each decoder has exceptions of its own
         raise unreadable(f"video {name}", error) from error
@@ -117,9 +120,13 @@ class _Reader:
 
     count: int
     rate: float
+    tile: int | None = None  # set: frames are kept in the size they are stitched in
 
     def read(self, wanted: list[int]) -> list[tuple[Image.Image, float]]:
         raise NotImplementedError
+
+    def kept(self, frame: Image.Image) -> Image.Image:
+        return frame if self.tile is None else shrink_frame(frame, self.tile)
 
     def pixels_until(self, number: int) -> int:
         """Pixels to decode before frame `number` shows, where each frame is drawn over the last; 0: none."""
@@ -178,7 +185,7 @@ class _AvReader(_Reader):
                         return self.read(wanted)
                     sought = False
                     if at >= target:
-                        kept.append((self._upright(frame), self._seconds(at, stream)))
+                        kept.append((self.kept(self._upright(frame)), self._seconds(at, stream)))
                         break
         return kept
 
@@ -215,7 +222,8 @@ class _TorchcodecReader(_Reader):
     def read(self, wanted: list[int]) -> list[tuple[Image.Image, float]]:
         first = self.video.get_frame_at(0).pts_seconds
         frames = (self.video.get_frame_at(number) for number in wanted)
-        return [(Image.fromarray(f.data.permute(1, 2, 0).contiguous().numpy()), f.pts_seconds - first) for f in frames]
+        pictures = ((Image.fromarray(f.data.permute(1, 2, 0).contiguous().numpy()), f.pts_seconds) for f in frames)
+        return [(self.kept(picture), at - first) for picture, at in pictures]
 
 
 class _DecordReader(_Reader):
@@ -226,7 +234,7 @@ class _DecordReader(_Reader):
     def read(self, wanted: list[int]) -> list[tuple[Image.Image, float]]:
         first = float(self.video.get_frame_timestamp(0)[0])
         times = [float(self.video.get_frame_timestamp(number)[0]) - first for number in wanted]
-        return [(Image.fromarray(self.video[n].asnumpy()), at) for n, at in zip(wanted, times, strict=True)]
+        return [(self.kept(Image.fromarray(self.video[n].asnumpy())), at) for n, at in zip(wanted, times, strict=True)]
 
 
 class _GifReader(_Reader):
@@ -249,7 +257,7 @@ class _GifReader(_Reader):
         with Image.open(self.file) as img:
             for number in wanted:
                 img.seek(number)
-                kept.append((flatten(img.copy()), self.times[number]))
+                kept.append((self.kept(flatten(img.copy())), self.times[number]))
         return kept
 
 
