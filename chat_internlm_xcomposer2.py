@@ -4,6 +4,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from queue import SimpleQueue
 from typing import Any
 
@@ -336,6 +337,24 @@ class ChatMixin(ConversationMixin):
         """
         path = page_path(task, output_path)
         return write_page(real_pictures(self._page(inst, image, settings)), path)
+
+    @with_settings({**PAGE_SETTINGS, "num_beams": 1}, after="image", through=THROUGH_PAGES)
+    def stream_webpage(self, inst: str, image: Any = None, **settings) -> Iterator[str]:
+        """As `write_webpage` with one beam, but yields the HTML as it grows, last the whole page; writes no file.
+
+        Leaving the iterator early stops the generation.
+
+        Raises:
+            ValueError: as `stream_chat`.
+        """
+        pages = self.stream_chat(query=inst, image=image, infer_mode="web", **settings)
+
+        def stream() -> Iterator[str]:
+            with closing(pages):
+                for html, _ in pages:
+                    yield real_pictures(html)
+
+        return stream()
 
     @with_settings(PAGE_SETTINGS, after="image", through=THROUGH_PAGES)
     def resume_2_webpage(

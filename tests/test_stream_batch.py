@@ -182,3 +182,35 @@ class TestStream:
         list(model.stream_chat(tiny_tokenizer, "hi", stopping_criteria=[after_three], eos_token_id=-1, **GREEDY))
         hook.remove()
         assert len(made) == 3
+
+
+class TestStreamWebpage:
+    GREEDY = {**GREEDY, "repetition_penalty": 1.2}
+
+    @pytest.mark.parametrize("image", [None, PICTURES[0]])
+    def test_ends_as_write_webpage_does(self, model, tiny_tokenizer, image):
+        steps = list(model.stream_webpage("A page", image, tokenizer=tiny_tokenizer, **self.GREEDY))
+        model.reuse.clear()
+        whole = model.write_webpage(
+            "A page", image, num_beams=1, output_path=None, tokenizer=tiny_tokenizer, **self.GREEDY
+        )
+        assert steps[-1] == whole
+        assert len(steps) > 3
+
+    def test_a_seed_gives_the_same_page_and_leaves_the_callers_random_state(self, model, tiny_tokenizer):
+        before = torch.get_rng_state()
+        settings = {"max_new_tokens": 8, "seed": 7, "tokenizer": tiny_tokenizer}
+        first, second = ([*model.stream_webpage("A page", **settings)][-1] for _ in range(2))
+        whole = model.write_webpage("A page", num_beams=1, output_path=None, **settings)
+        assert first == second == whole
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_leaving_stops_it(self, model, tiny_tokenizer):
+        pages = model.stream_webpage("A page", tokenizer=tiny_tokenizer, do_sample=False, max_new_tokens=4000)
+        next(pages)
+        pages.close()
+        assert not generating_threads()
+
+    def test_beams_cannot_stream(self, model, tiny_tokenizer):
+        with pytest.raises(ValueError, match="num_beams=2 cannot stream"):
+            model.stream_webpage("A page", tokenizer=tiny_tokenizer, num_beams=2)
