@@ -141,6 +141,7 @@ class ChatMixin(ConversationMixin):
         use_meta: bool = False,
         meta_instruction: str | None = None,
         escape_control_tokens: bool = False,
+        answer_start: str = "",
         **settings,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answer `query`, about pictures and videos if there are any.
@@ -155,6 +156,7 @@ class ChatMixin(ConversationMixin):
             infer_mode: task adapters that are on during this call: "base", "web", "write", or an adapter's name.
             use_meta: put `meta_instruction` (None: the released text) in front as the system turn. The older kinds
                 always have one, and `meta_instruction=""` drops it.
+            answer_start: text that the answer begins with; the model goes on from it, and what it adds is returned.
             settings: see the class.
 
         Returns:
@@ -168,6 +170,7 @@ class ChatMixin(ConversationMixin):
         self.config.adapters_of(infer_mode)
         tokenizer, history = self._tokenizer(tokenizer), check_history(history)
         text = chat_prompt(query, history, self._system(use_meta, meta_instruction), escape_control_tokens)
+        text += answer_start
         conversation = self._open(tokenizer, text, image, hd_num, **settings)
         answer = self._answer(tokenizer, conversation, infer_mode, streamer=streamer, **settings)
         return answer, with_turn(history, query, answer)
@@ -184,6 +187,7 @@ class ChatMixin(ConversationMixin):
         use_meta: bool = False,
         meta_instruction: str | None = None,
         escape_control_tokens: bool = False,
+        answer_start: str = "",
         **settings,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """As `chat`, but yields (answer so far, history with it) as the answer grows, last what `chat` returns.
@@ -198,6 +202,7 @@ class ChatMixin(ConversationMixin):
         self.config.adapters_of(infer_mode)
         tokenizer, history = self._tokenizer(tokenizer), check_history(history)
         text = chat_prompt(query, history, self._system(use_meta, meta_instruction), escape_control_tokens)
+        text += answer_start
         conversation = self._open(tokenizer, text, image, hd_num, **settings)
 
         def stream() -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -252,6 +257,7 @@ class ChatMixin(ConversationMixin):
         use_meta: bool = False,
         meta_instruction: str | None = None,
         escape_control_tokens: bool = False,
+        answer_start: str = "",
         **settings,
     ) -> tuple[list[str], list[list[tuple[str, str]]]]:
         """Answer several conversations at once.
@@ -281,7 +287,7 @@ class ChatMixin(ConversationMixin):
         for index, (query, image, history) in enumerate(zip(*rows.values(), strict=True)):
             try:
                 histories.append(check_history(history))
-                text = chat_prompt(query, histories[-1], system, escape_control_tokens)
+                text = chat_prompt(query, histories[-1], system, escape_control_tokens) + answer_start
                 conversations.append(self._open(tokenizer, text, image, hd_num, **settings))
             except (ValueError, FileNotFoundError, TypeError) as error:
                 raise type(error)(f"conversation {index}: {error}") from error

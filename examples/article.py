@@ -1,6 +1,6 @@
 """An article from an instruction, and one about a picture: `python examples/article.py [FOLDER]`.
 
-`compose_article.py` goes on from here: it places pictures with captions in the text.
+`compose_article.py` goes on from here, with captioned pictures in their places and a file at the end.
 """
 
 import sys
