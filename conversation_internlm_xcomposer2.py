@@ -82,6 +82,11 @@ def as_rows(generated: Any) -> Tensor:
     return generated if isinstance(generated, Tensor) else generated.sequences
 
 
+def up_to_stop(answer: list[int], stops: Sequence[int]) -> list[int]:
+    """Generated ids before the first that stops: a batch goes on until its last row has stopped."""
+    return answer[: next((at for at, token in enumerate(answer) if token in stops), len(answer))]
+
+
 def with_penalty(settings: dict, spared: int | None = None) -> dict:
     """Settings whose repetition penalty is a logits processor.
 
@@ -461,12 +466,13 @@ class ConversationMixin:
                 infer_mode=infer_mode,
                 **settings,
             )
+        stops = as_ids(settings["eos_token_id"])
         copies = len(batch.layers[0].keys) // len(lengths)
         for i, (conversation, start) in enumerate(zip(conversations, starts, strict=True)):
             if stamp is not None and self._may_reuse(lengths[i]):
                 row = row_of(batch, i * copies, start, batch.get_seq_length())
-                crop(row, lengths[i] if copies > 1 else row.get_seq_length())
-                answer = [] if copies > 1 else as_rows(generated)[i].tolist()
+                answer = [] if copies > 1 else up_to_stop(as_rows(generated)[i].tolist(), stops)
+                crop(row, lengths[i] + len(answer))
                 self._keep(conversation, answer, stamp, row)
         return self._texts(tokenizer, generated, len(lengths))
 
