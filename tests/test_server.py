@@ -434,7 +434,7 @@ def test_nothing_grows(server):
     threads, files = some(5)
     after = some(10)
     assert after[0] <= threads and after[1] <= files + 2
-    assert not server.engine.jobs and server.engine.inside == 0
+    assert not server.engine.jobs and server.engine.inside == server.engine.bytes == 0
 
 
 # --------------------------------------------------------------------------------------------------------- odd requests
@@ -692,6 +692,14 @@ def test_bodies_have_a_limit(server, demo):
         )
         assert chunked.status_code == 413 and "1000 bytes" in chunked.json()["error"]["message"]
         assert small.post().status_code == 200
+        small.engine.bytes = 8 * 1000 - 50  # as if others' requests were there
+        crowded = small.post()
+        assert crowded.status_code == 503 and crowded.headers["retry-after"]
+        small.engine.bytes = 0
+        list(small.ask("Hello", max_tokens=3, stream=True))
+        assert small.post(stream=True).status_code == small.post().status_code == 200
+        small.idle()
+        assert small.engine.bytes == 0
     finally:
         small.close()
 
@@ -757,14 +765,17 @@ def test_addresses_where_they_are_allowed(demo, web):
     try:
         assert server.text([picture_item(f"{web.url}/shapes.png"), TEXT]) == "yellow"
         assert server.text([picture_item(f"{web.url}/away?/shapes.png"), TEXT]) == "yellow"
-        with ThreadPoolExecutor(2) as clients:
-            slow = clients.submit(server.post, messages=user([picture_item(f"{web.url}/slow"), TEXT]))
+        with ThreadPoolExecutor(20) as clients:
+            content = [picture_item(f"{web.url}/slow"), TEXT]
+            slow = [clients.submit(server.post, messages=user(content)) for _ in range(20)]
             while "/slow" not in web.asked:
                 time.sleep(0.01)
             assert server.http.get("/health").status_code == 200
-            assert server.text([SHAPES, TEXT]) == "yellow" and not slow.done()  # nor is anybody else held up
-            answer = slow.result()
-        assert answer.status_code == 400 and "timed out" in answer.json()["error"]["message"]
+            assert server.text([SHAPES, TEXT]) == "yellow"  # nobody else is held up
+            assert not any(request.done() for request in slow)
+            answers = [request.result() for request in slow]
+        for answer in answers:
+            assert answer.status_code == 400 and "timed out" in answer.json()["error"]["message"]
     finally:
         server.close()
 

@@ -9,7 +9,7 @@ the next token.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -39,7 +39,8 @@ from xcomposer.serving.sources import MediaRules, Source, read_source, require_p
 from xcomposer.serving.writer import Piece, Writer
 
 OPENED = 2  # requests whose pictures are in memory: the one that computes and the next
-READERS = 16  # threads that fetch and open: as many slow addresses at once hold up others' pictures, but no text
+FETCHERS = 16  # addresses that are waited for at once; they hold up other addresses only
+BODIES = 8  # of the largest size, in memory at once
 GREEDY_BELOW = 1e-5  # a temperature that is as good as 0
 RETRY_AFTER = {"Retry-After": "5"}
 
@@ -116,6 +117,29 @@ class Job:
         self.left.set()
 
 
+class Room:
+    """What a request takes of the memory for requests; `close` gives it back.
+
+    Args:
+        most: bytes of all requests together.
+    """
+
+    def __init__(self, engine: "Engine", most: int):
+        self.engine, self.most, self.bytes = engine, most, 0
+
+    def take(self, count: int) -> None:
+        """Raises an APIError of 503 where others leave no room for so many more bytes."""
+        if self.engine.bytes + count > self.most:
+            message = "other requests take the memory for pictures; try again later"
+            raise APIError(503, message, code="overloaded", headers=RETRY_AFTER)
+        self.engine.bytes += count
+        self.bytes += count
+
+    def close(self) -> None:
+        self.engine.bytes -= self.bytes
+        self.bytes = 0
+
+
 class Engine:
     """One model and its queue. Made and used inside one event loop.
 
@@ -137,7 +161,9 @@ class Engine:
         self.started = int(time.time())
         self.inside = 0
         self.opened = asyncio.Semaphore(OPENED)
-        self.readers = ThreadPoolExecutor(READERS, "media")
+        self.bytes = 0  # of requests in memory
+        self.fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
+        self.openers = ThreadPoolExecutor(OPENED, "open")
         self.turns = ThreadPoolExecutor(1, "generate")
         self.jobs: set[Job] = set()
 
@@ -152,7 +178,7 @@ class Engine:
         """End what computes, refuse what waits."""
         for job in self.jobs:
             job.leave()
-        for pool in (self.readers, self.turns):
+        for pool in (self.fetchers, self.openers, self.turns):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def submit(self, request: ChatRequest) -> Job:
@@ -174,10 +200,13 @@ class Engine:
         self.inside += 1
         self.jobs.add(job)
         try:
-            files = await asyncio.gather(*(self._in_thread(read_source, source, self.rules) for source in sources))
+            loop = asyncio.get_running_loop()
+            remote = [source for source in sources if source.remote]
+            fetching = (loop.run_in_executor(self.fetchers, read_source, source, self.rules) for source in remote)
+            fetched = dict(zip(remote, await asyncio.gather(*fetching), strict=True))
             await self.opened.acquire()
             try:
-                conversation = await self._in_thread(self._open, job, sources, files)
+                conversation = await loop.run_in_executor(self.openers, self._open, job, sources, fetched)
                 self._start(job, conversation, biases)
             except BaseException:
                 self.opened.release()
@@ -188,12 +217,23 @@ class Engine:
             raise
         return job
 
-    def _in_thread(self, function: Callable, *args):
-        return asyncio.get_running_loop().run_in_executor(self.readers, function, *args)
-
     def _gone(self, job: Job) -> None:
         self.inside -= 1
         self.jobs.discard(job)
+
+    def _system(self, request: ChatRequest, mode: Mode) -> str:
+        """The system text of a request without a system message: the released one where it is asked for, or where the
+        kind of model always has one; "" for none.
+
+        Raises:
+            APIError: there is a system message, too.
+        """
+        use_meta = bool(request.extension("use_meta"))
+        if isinstance(request.messages[0], SystemMessage):
+            if use_meta:
+                raise APIError(400, "use_meta and a system message: there is room for one system text", "use_meta")
+            return ""
+        return self.model._system(use_meta, None, mode.system, always=mode.infer_mode != "write")
 
     def _biases(self, request: ChatRequest) -> dict[int, float]:
         biases = {int(token): value for token, value in request.logit_bias.items()}
@@ -201,9 +241,10 @@ class Engine:
             raise APIError(400, f"logit_bias.{max(biases)}: there are {self.vocab_size} token ids", "logit_bias")
         return biases
 
-    def _open(self, job: Job, sources: Sequence[Source], files: Sequence[Any]) -> Any:
-        """Pictures decoded and the prompt laid out; nothing computed. Runs in a reading thread."""
+    def _open(self, job: Job, sources: Sequence[Source], fetched: Mapping[Source, bytes]) -> Any:
+        """Pictures decoded and the prompt laid out; nothing computed. Runs in an opening thread."""
         request, mode = job.request, job.mode
+        files = [fetched[source] if source in fetched else read_source(source, self.rules) for source in sources]
         require_pixels(files, sources, self.rules)
         frames = request.extension("num_frm")
         options = {} if frames is None else {"num_frm": frames}
@@ -216,7 +257,7 @@ class Engine:
             except ImportError as error:
                 raise APIError(501, f"{source.param}: {error}", source.param) from error
         try:
-            text = prompt_text(request, mode.system if request.extension("use_meta") else "")
+            text = prompt_text(request, self._system(request, mode))
             return self.model._open(self.tokenizer, text, pictures, tiles_of(request), self.max_length)
         except ValueError as error:
             code = "context_length_exceeded" if "max_length" in str(error) else None
@@ -288,13 +329,7 @@ class Engine:
 
 
 def prompt_text(request: ChatRequest, system: str) -> str:
-    """A request's messages in the model's layout, with a mark at each picture's place.
-
-    Raises:
-        APIError: two system texts.
-    """
-    if system and isinstance(request.messages[0], SystemMessage):
-        raise APIError(400, "use_meta and a system message: there is room for one system text; drop one", "use_meta")
+    """A request's messages in the model's layout, with a mark at each picture's place; `system` in front, if any."""
     text = turn("system", system) if system else ""
     for message in request.messages:
         role = "system" if isinstance(message, SystemMessage) else message.role

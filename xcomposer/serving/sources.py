@@ -51,6 +51,15 @@ class Source(NamedTuple):
     url: str
     param: str
 
+    @property
+    def scheme(self) -> str:
+        return self.url[:16].partition(":")[0].lower()
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading it may take a while."""
+        return self.scheme in ("http", "https")
+
 
 def sources_of(request: ChatRequest, rules: MediaRules) -> list[Source]:
     """Every picture and video of a request, in the order of their places.
@@ -78,12 +87,11 @@ def read_source(source: Source, rules: MediaRules) -> bytes | Path:
         APIError: it may not be read, or cannot be.
     """
     url, param = source
-    scheme = url.partition(":")[0].lower()
-    if scheme == "file":
+    if source.scheme == "file":
         return _local_file(source, rules)
-    if scheme not in ("data", "http", "https"):
+    if source.scheme != "data" and not source.remote:
         raise APIError(400, f"{param} is {short(url, 80)}; {SEND_ALONG}", param)
-    if scheme != "data" and not rules.addresses:
+    if source.remote and not rules.addresses:
         raise APIError(400, f"{param} is {short(url, 80)}: this server fetches no addresses; {SEND_ALONG}", param)
     try:
         return read_address(url, rules.timeout, rules.bytes, None if rules.private_addresses else is_public)[1]

@@ -26,13 +26,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from transformers.utils import logging
 
-from xcomposer.serving.engine import Engine, Job
+from xcomposer.serving.engine import BODIES, Engine, Job, Room
 from xcomposer.serving.protocol import APIError, ChatRequest, event, read_request
 from xcomposer.serving.sources import MIB, MediaRules
 from xcomposer.serving.writer import Piece
 
 OPEN_PATHS = ("/health",)  # without the key, for whoever watches over the server
 MOST_BODY = 64 * MIB
+LARGE = 2**16  # bytes of a body that are worth a thread: others are answered meanwhile
 
 logger = logging.get_logger(__name__)
 
@@ -93,20 +94,29 @@ async def complete(request: Request) -> Response:
     """Answer a chat: whole, or as server-sent events."""
     require_key(request)
     engine: Engine = request.app.state.engine
-    body = await read_body(request, request.app.state.max_body)
-    asked = await asyncio.to_thread(read_request, body) if len(body) > 2**16 else read_request(body)
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+    most = request.app.state.max_body
+    room = Room(engine, BODIES * most)
 
     async def answer() -> Response:
         try:
             job = await engine.submit(asked)
             if asked.stream:
-                return EventStream(job, events_of(job, head))
+                return EventStream(job, events_of(job, head), room)
             return JSONResponse({"object": "chat.completion", **head, **await whole(job)})
         except Exception as error:
             raise as_api_error(error) from error
 
-    return await unless_gone(request.receive, answer())
+    response = None
+    try:
+        body = await read_body(request, most, room)
+        asked = await asyncio.to_thread(read_request, body) if len(body) > LARGE else read_request(body)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+        del body
+        response = await unless_gone(request.receive, answer())
+        return response
+    finally:
+        if not isinstance(response, EventStream):  # which gives the room back when it has ended
+            room.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- going in
@@ -119,11 +129,12 @@ def require_key(request: Request) -> None:
         raise APIError(401, "wrong or no API key; send it as Authorization: Bearer KEY", code="invalid_api_key")
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request in JSON.
+async def read_body(request: Request, most: int, room: Room) -> bytes:
+    """The body of a request in JSON; takes the room for it.
 
     Raises:
-        APIError: 415 for another type or encoding, 413 for more bytes than `most`, 400 for a client that stops midway.
+        APIError: 415 for another type or encoding, 413 for more bytes than `most`, 503 where there is no room, 400 for
+            a client that stops midway.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -140,6 +151,7 @@ async def read_body(request: Request, most: int) -> bytes:
             body += chunk
             if len(body) > most:
                 raise too_large
+            room.take(len(chunk))
     except ClientDisconnect as error:
         raise APIError(400, "the body ends before its time") from error
     return bytes(body)
@@ -240,10 +252,10 @@ async def events_of(job: Job, head: dict) -> AsyncIterator[str]:
 class EventStream(Response):
     """Server-sent events of a job; a client that goes away ends the job."""
 
-    def __init__(self, job: Job, events: AsyncIterator[str]):
+    def __init__(self, job: Job, events: AsyncIterator[str], room: Room):
         super().__init__(headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self.job, self.events = job, events
+        self.job, self.events, self.room = job, events, room
 
     async def __call__(self, scope, receive, send) -> None:
         async def send_all() -> None:
@@ -258,6 +270,7 @@ class EventStream(Response):
             pass
         finally:
             self.job.leave()
+            self.room.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
