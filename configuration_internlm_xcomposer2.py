@@ -23,6 +23,7 @@ from .kinds_internlm_xcomposer2 import (
     kind_of,
     kind_text_fields,
 )
+from .recognition_internlm_xcomposer2 import complete_from_weights
 
 logger = logging.get_logger(__name__)
 
@@ -439,9 +440,15 @@ class InternLMXcomposer2Config(PretrainedConfig):
         return {**super().to_diff_dict(), "kind": self.kind, **{name: getattr(self, name) for name in KIND_FIELDS}}
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs):
-        """transformers' reader; siblings that name a language model, as type or as class, are this model."""
-        fields, kwargs = super().get_config_dict(*args, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """transformers' reader, and what the weights beside the file say that it leaves out.
+
+        Siblings that name a language model, as type or as class, are this model.
+        """
+        hub = dict(kwargs)
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields and hub.get("gguf_file") is None:
+            fields = complete_from_weights(fields, pretrained_model_name_or_path, hub)
         if fields.get("architectures") == ["InternLM2ForCausalLM"]:  # vLLM would build that one
             fields["architectures"] = ["InternLMXComposer2ForCausalLM"]
         if fields.get("model_type") in MODEL_TYPE_SPELLINGS:

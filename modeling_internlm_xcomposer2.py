@@ -28,29 +28,17 @@ from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin, Prompt
 from .ixc_utils import get_font, overview, stack_tiles
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
+from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
 from .settings_internlm_xcomposer2 import check_settings, config_settings
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 from .threads_internlm_xcomposer2 import ComputeLock
 
-# Released name -> name in the module tree, applied in this order when loading and backwards when saving.
-RENAMINGS = [
-    (r"\.(wqkv|wo|w1|w2|w3)\.weight", r".\1.linear.weight"),
-    (r"\.(wqkv|wo|w1|w2|w3)\.bias", r".\1.linear.bias"),
-    (r"\.lora_([a-z0-9]+)_A\.weight", r".task_A.\1.weight"),
-    (r"\.lora_([a-z0-9]+)_B\.weight", r".task_B.\1.weight"),
-    (r"^output\.weight", r"lm_head.weight"),
-    (r"^model\.(tok_embeddings|layers|norm)\.", r"model.language_model.\1."),
-    (r"^vit\.vision_tower\.vision_model\.", r"model.vision_tower."),
-    (r"^vision_proj\.", r"model.vision_proj."),
-    (r"^plora_(glb|sub)_GN", r"model.plora_\1_GN"),
-]
-
 # Arguments of `generate` that bring or choose a cache.
 OTHER_CACHES = ("past_key_values", "cache_implementation", "assistant_model", "is_assistant")
 
 
-class InternLMXComposer2PreTrainedModel(QuantisationMixin, PreTrainedModel):
+class InternLMXComposer2PreTrainedModel(QuantisationMixin, CheckedLoadingMixin, PreTrainedModel):
     """What transformers may do with the model, and what it may find in a released checkpoint."""
 
     config_class = InternLMXcomposer2Config
@@ -107,7 +95,8 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         (Listed among the ignored names, it would be left out by vLLM too, which builds the head beside this model.)
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        names = {name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")}
+        heads = ("lm_head.", "score.")
+        names = {name for name in loading_info.unexpected_keys if not name.startswith(heads)}
         loading_info.unexpected_keys = names
 
     def get_input_embeddings(self) -> nn.Module:

@@ -4,49 +4,41 @@ The write and web adapters are a fifth of the 7B release, and `chat` uses none o
 files until a call asks for them. `save_pretrained` writes them all the same.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
+from transformers.utils import logging
 
 from .build_mlp import CHECKED_ADAPTERS, AdaptedLinear, resident_task_adapters
+from .recognition_internlm_xcomposer2 import ADAPTER, folder_of
 from .threads_internlm_xcomposer2 import takes_turns
+from .weight_files_internlm_xcomposer2 import NoWeights, WeightFiles
 
 logger = logging.get_logger(__name__)
 
 SHARDED_BY = ("tp_plan", "tp_size", "device_mesh", "distributed_config")  # arguments that cut weights up in loading
-HUB_ARGUMENTS = ("cache_dir", "revision", "token", "subfolder")
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    """Where each tensor of a checkpoint folder lies: name -> file, in the order transformers looks. Reads headers."""
-    for file in (folder / SAFE_WEIGHTS_NAME, folder / WEIGHTS_NAME):
-        index = file.with_name(file.name + ".index.json")
-        if file.is_file():
-            return dict.fromkeys(_open(file), file)
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / shard for name, shard in weight_map.items()}
-    return {}
-
-
-def _open(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, mapped into memory and read when touched."""
-    if file.suffix == ".safetensors":
-        tensors = safe_open(file, framework="pt")
-        return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+def adapter_files(folder: Path, variant: str | None, use_safetensors: bool | None) -> WeightFiles | None:
+    """The weight files of a checkpoint, those with task adapters mapped: they can be read when the folder is gone."""
+    try:
+        weights = WeightFiles(folder, variant, use_safetensors)
+    except NoWeights:
+        return None
+    for name, tensor in weights.tensors.items():
+        match = ADAPTER.search(name)
+        if match and match[1] != "Plora":
+            weights.map(tensor.file)
+    return weights
 
 
 class TaskAdapterMixin:
     """`task_adapters=` of `from_pretrained`, loading and release, and merging; stands before `PreTrainedModel`."""
 
-    _adapter_folder: Path | None = None  # where adapters that are not in memory lie
+    _adapter_files: WeightFiles | None = None  # where adapters that are not in memory lie
     _merged_mode: str | None = None
     stack_task_adapters = True  # False: each adapter of the write mode runs for itself
 
@@ -74,13 +66,12 @@ class TaskAdapterMixin:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if names is not None:
-            folder = Path(pretrained_model_name_or_path)
-            if not folder.is_dir():
-                hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-                folder = Path(cached_file(str(folder), CONFIG_NAME, local_files_only=True, **hub)).parent
-            elif kwargs.get("subfolder"):
-                folder = folder / kwargs["subfolder"]
-            model._adapter_folder = folder.absolute()
+            folder = folder_of(pretrained_model_name_or_path, kwargs).absolute()
+            model._adapter_files = adapter_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
+            unknown = sorted(set(names) - set(model.config.task_adapter_ranks))
+            if unknown:
+                here = sorted(model.config.task_adapter_ranks) or "none"
+                raise ValueError(f"task_adapters names {unknown}, but the checkpoint has {here}")
         return loaded
 
     def _adapted_linears(self) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -106,24 +97,21 @@ class TaskAdapterMixin:
         missing = [name for name in names if name not in self.task_adapters_in_memory()]
         if not missing:
             return []
-        where = files_of(self._adapter_folder) if self._adapter_folder else {}
-        opened: dict[Path, dict[str, Tensor]] = {}
-        logger.info("loading task adapters %s from %s", missing, self._adapter_folder)
+        files = self._adapter_files
+        folder = files.folder if files is not None else "this model"
+        logger.info("loading task adapters %s from %s", missing, folder)
         loaded: dict[tuple[str, str, str], nn.Linear] = {}
         for path, module in self._adapted_linears():
             released = path.replace("model.language_model.", "model.")
             for name in missing:
                 for part in ("A", "B"):
                     key = f"{released}.lora_{name}_{part}.weight"
-                    if key not in where:
+                    if files is None or key not in files.tensors:
                         raise ValueError(
-                            f"the task adapter {name!r} is not in {self._adapter_folder or 'this model'} (no {key}); "
-                            f"load a checkpoint that has it, or use infer_mode='base'"
+                            f"the task adapter {name!r} is not in {folder} (no {key}); load a checkpoint that has it, "
+                            f"or use infer_mode='base'"
                         )
-                    tensors = opened.setdefault(where[key], {}) or opened[where[key]]
-                    if not tensors:
-                        tensors.update(_open(where[key]))
-                    loaded[path, name, part] = _linear_of(tensors[key][:], module, device)
+                    loaded[path, name, part] = _linear_of(files.read(key), module, device)
         # The first linear is the one that other threads ask, so it comes last.
         for path, module in reversed(list(self._adapted_linears())):
             for name in missing:
@@ -139,7 +127,7 @@ class TaskAdapterMixin:
             ValueError: the model was not loaded from files that they could be read from again.
         """
         names = self.task_adapters_in_memory() if names is None else list(names)
-        if names and self._adapter_folder is None:
+        if names and self._adapter_files is None:
             raise ValueError(
                 "these task adapters are in memory alone: save the model and load it again to release them"
             )
@@ -192,7 +180,7 @@ class TaskAdapterMixin:
         """transformers' `save_pretrained`, with the task adapters that are still on disk."""
         if self._merged_mode is not None:
             raise ValueError(f"{self._merged_mode!r} is merged into the weights; save outside of `merged_task_adapter`")
-        passing = [] if self._adapter_folder is None else list(self.config.text_config.task_adapter_ranks)
+        passing = [] if self._adapter_files is None else list(self.config.text_config.task_adapter_ranks)
         passing = self.load_task_adapters(passing, device="cpu")
         if passing and kwargs.get("state_dict"):  # of a sharded model: the caller's, gathered before
             endings = tuple(f".task_{side}.{name}.weight" for name in passing for side in "AB")

@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import BOS_ID, CLOSE, CLOSE_ID, GOLDEN, MARK, OPEN, RecordedTokenizer, load
 from PIL import Image, ImageDraw
+from transformers import AutoConfig, AutoTokenizer
 
 from xcomposer.checkpoints import tiny
 from xcomposer.model import ixc_utils as pictures
+from xcomposer.model.kinds_internlm_xcomposer2 import KINDS as KIND_ROWS
+from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2Model
 from xcomposer.model.prompting_internlm_xcomposer2 import SYSTEM_TEXTS
 
 FAMILY = GOLDEN / "family"
@@ -195,3 +198,69 @@ def test_transforms(folder, case):
     assert list(made.size) == case["out"]["size"]
     assert np.asarray(made).reshape(-1, 3).mean(0) == pytest.approx(case["out"]["mean"], abs=1e-3)
     assert hashlib.sha256(made.tobytes()).hexdigest() == case["out"]["sha256"]
+
+
+# The kinds, each as a tiny checkpoint whose config.json says as little as a release's.
+
+KINDS = list(tiny.OF_KIND)
+CHATTING = [kind for kind in KINDS if kind != "xcomposer2d5-reward"]
+
+
+@pytest.fixture(scope="module")
+def kind_folder(tmp_path_factory):
+    made = {}
+
+    def folder_of(kind, **options):
+        key = kind, json.dumps(options)
+        if key not in made:
+            out = tmp_path_factory.mktemp(kind.replace("-", "_")) / f"{kind} v1.0"
+            made[key] = tiny.write_checkpoint(out, kind=kind, **options)
+        return made[key]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("fmt", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_recognised_from_config_and_weights(kind_folder, kind, fmt):
+    folder = kind_folder(kind, fmt=fmt, shards=2)
+    assert "kind" not in json.loads((folder / "config.json").read_text())
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.kind == kind and KIND_ROWS[kind].title.startswith("InternLM-XComposer")
+    assert bool(config.task_adapter_ranks) == (kind == "xcomposer2d5")
+    assert config.head == ("score" if kind == "xcomposer2d5-reward" else "vocabulary")
+    again = type(config).from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("kind", CHATTING)
+def test_a_kind_loads_saves_and_chats(kind_folder, tmp_path, kind):
+    folder = kind_folder(kind)
+    model = load(folder)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    picture = FAMILY / "xc2vl" / "images" / "small_90x60.png"
+    settings = {"do_sample": False, "max_new_tokens": 5}
+    answer = model.chat(None, f"{MARK}Look.", picture, **settings)[0]
+    assert list(model.stream_chat(None, f"{MARK}Look.", picture, **settings))[-1][0] == answer
+    queries, pictures_of = ["What is a tile?", f"{MARK}Look."], [None, picture]
+    assert model.batch_chat(None, queries, pictures_of, **settings)[0][1] == answer
+    model.save_pretrained(tmp_path / "saved")
+    for source in folder.glob("*.py"):
+        (tmp_path / "saved" / source.name).symlink_to(source)
+    again = load(tmp_path / "saved")
+    assert again.config.kind == kind and again.chat(model.tokenizer, f"{MARK}Look.", picture, **settings)[0] == answer
+
+
+def test_reward_embeds_pictures_and_leaves_the_head_to_its_class(family_folder):
+    folder = family_folder("reward")
+    with pytest.raises(ValueError, match="lacks 1 tensor: output.weight; it has score.weight in its place"):
+        load(folder)
+    model = InternLMXComposer2Model.from_pretrained(folder).eval()
+    assert model.config.head == "score" and model.config.kind == "xcomposer2d5-reward"
+    expected = np.load(FAMILY / "reward" / "image_embeds.npz")
+    for name in expected.files:
+        path, _, hd_num = name.replace("__", "/").partition("@")
+        tiles, grids = model.config.layout.tiles([Image.open(FAMILY / "reward" / path)], int(hd_num))
+        with torch.no_grad():
+            embeds = model.get_image_features(tiles, grids, return_dict=True).pooler_output[0]
+        assert close(embeds, expected[name]), name

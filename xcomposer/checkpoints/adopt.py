@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
-from xcomposer.checkpoints.weight_files import Misfit, Stored, count, read_headers, read_json, some
 from xcomposer.files import CODE, code_files
 from xcomposer.machine import amount, quiet_imports
+from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit, Stored, count, read_headers, read_json, some
 
 ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
 VIT = "vit.vision_tower.vision_model."

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from xcomposer.checkpoints.adopt import ADAPTER, Findings, describe, examine
-from xcomposer.checkpoints.weight_files import Misfit
 from xcomposer.machine import amount, devices, table
+from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit
 
 # Beside weights and cache: activations of one chunk of a prompt and of eight tiles, and what the allocator keeps.
 WORKING = 1.5e9

@@ -1,4 +1,8 @@
-"""What weight files say of themselves: names, shapes and dtypes, read from their headers, never their data."""
+"""The weight files of a folder: which of them count, what their headers say, and their tensors one by one.
+
+The one reader for the model, for adopting, merging and inspecting: all look where transformers looks, in its order.
+Headers give names, shapes and dtypes; data is mapped into memory and read when a tensor is asked for.
+"""
 
 import json
 import math
@@ -9,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 # What transformers looks for in a folder, in its order, and whether that is an index of several files.
 LAYOUTS = {
@@ -25,12 +31,16 @@ SAFETENSORS_DTYPES = {
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-class Misfit(Exception):
-    """The folder cannot be adopted; `lines` say why, one fault each."""
+class Misfit(ValueError):
+    """The folder cannot be used; `lines` say why, one fault each."""
 
     def __init__(self, *lines: str):
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+class NoWeights(Misfit):
+    """The folder has no weight file of the names that are looked for."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return self.size * getattr(torch, self.dtype).itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        return getattr(torch, self.dtype).is_floating_point
 
 
 def some(names: Iterable[str], shown: int = 3) -> str:
@@ -140,21 +154,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+def with_variant(name: str, variant: str | None) -> str:
+    """`model.safetensors` -> `model.fp16.safetensors`, `model.safetensors.index.json` -> `...index.fp16.json`."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def weight_files(
+    folder: Path, variant: str | None = None, use_safetensors: bool | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Names of the files that transformers would load, and where the index (if any) puts each tensor.
 
+    Args:
+        variant, use_safetensors: as in `from_pretrained`.
+
     Raises:
-        Misfit: there are none, or the index names files that are not there.
+        NoWeights: there are none. Misfit: the index names files that are not there.
     """
-    layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
-    if layout is None:
+    layouts = [name for name in LAYOUTS if use_safetensors is None or use_safetensors == (".safetensors" in name)]
+    names = {with_variant(name, variant): name for name in layouts}
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None:
         loose = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
         if loose:
-            raise Misfit(f"{count(len(loose), 'weight file')} ({some(loose)}) but none of {', '.join(LAYOUTS)}")
+            raise NoWeights(f"{count(len(loose), 'weight file')} ({some(loose)}) but none of {', '.join(names)}")
         here = sorted(path.name for path in folder.iterdir())
         there = f"it has {some(here)}" if here else "it is empty"
-        raise Misfit(f"no weights: none of {', '.join(LAYOUTS)} ({there}); download them first")
-    if not LAYOUTS[layout]:
+        raise NoWeights(f"no weights: none of {', '.join(names)} ({there}); download them first")
+    layout = found
+    if not LAYOUTS[names[layout]]:
         return [layout], {}
     where = read_json(folder / layout).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
@@ -173,13 +201,15 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     return files, where
 
 
-def read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
-    """The weight files of `folder` and the tensors in them.
+def read_headers(
+    folder: Path, variant: str | None = None, use_safetensors: bool | None = None
+) -> tuple[list[str], list[Stored]]:
+    """The weight files of `folder` and the tensors in them; arguments as `weight_files`.
 
     Raises:
         Misfit: all faults of the files together.
     """
-    files, where = weight_files(folder)
+    files, where = weight_files(folder, variant, use_safetensors)
     faults: list[str] = []
     stored: list[Stored] = []
     for file in files:
@@ -201,3 +231,50 @@ def read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
     if faults:
         raise Misfit(*faults)
     return files, stored
+
+
+class WeightFiles:
+    """The tensors of a folder's weight files by name; arguments as `weight_files`.
+
+    A file stays mapped once it is opened, so that it can still be read after its name is gone. A copy or a pickle of
+    this object holds names alone and opens the files anew.
+
+    Raises:
+        Misfit: no weights, a file that is missing, cut short or no weight file, a name in two files.
+    """
+
+    def __init__(self, folder: Path, variant: str | None = None, use_safetensors: bool | None = None):
+        self.folder = folder
+        self.files, stored = read_headers(folder, variant, use_safetensors)
+        self.tensors: dict[str, Stored] = {tensor.name: tensor for tensor in stored}
+        self._mapped: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+    def __deepcopy__(self, memo: dict) -> "WeightFiles":
+        return self
+
+    def map(self, file: str) -> Any:
+        """Map a file into memory, once.
+
+        Raises:
+            Misfit: it cannot be opened any more.
+        """
+        if file not in self._mapped:
+            path = self.folder / file
+            try:
+                if file.endswith(".safetensors"):
+                    self._mapped[file] = safe_open(path, framework="pt")
+                else:
+                    with path.open("rb") as opened:
+                        zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 cannot be mapped
+                    self._mapped[file] = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+            except Exception as error:  # of safetensors, of the unpickler, of the system
+                raise Misfit(f"{path} cannot be read ({error}); is it still there, and whole?") from error
+        return self._mapped[file]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, in memory of its own."""
+        source = self.map(self.tensors[name].file)
+        return (source[name] if isinstance(source, Mapping) else source.get_tensor(name)).clone()

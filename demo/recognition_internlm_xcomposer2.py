@@ -1,0 +1,1 @@
+../recognition_internlm_xcomposer2.py

@@ -1,0 +1,1 @@
+../weight_files_internlm_xcomposer2.py

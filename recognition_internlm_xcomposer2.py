@@ -1,0 +1,366 @@
+"""What the weights of a folder say of its config: sizes, ranks, heads, and so the kind of checkpoint.
+
+Releases leave much out of `config.json`, and some kinds differ in their weights alone. What both say must agree.
+"""
+
+import copy
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.utils import CONFIG_NAME, cached_file
+
+from .kinds_internlm_xcomposer2 import kind_of
+from .weight_files_internlm_xcomposer2 import Misfit, NoWeights, Stored, WeightFiles, count, read_json, some
+
+# Released name -> name in the module tree, applied in this order when loading and backwards when saving.
+RENAMINGS = [
+    (r"\.(wqkv|wo|w1|w2|w3)\.weight", r".\1.linear.weight"),
+    (r"\.(wqkv|wo|w1|w2|w3)\.bias", r".\1.linear.bias"),
+    (r"\.lora_([a-z0-9]+)_A\.weight", r".task_A.\1.weight"),
+    (r"\.lora_([a-z0-9]+)_B\.weight", r".task_B.\1.weight"),
+    (r"^output\.weight", r"lm_head.weight"),
+    (r"^model\.(tok_embeddings|layers|norm)\.", r"model.language_model.\1."),
+    (r"^vit\.vision_tower\.vision_model\.", r"model.vision_tower."),
+    (r"^vision_proj\.", r"model.vision_proj."),
+    (r"^plora_(glb|sub)_GN", r"model.plora_\1_GN"),
+]
+HUB = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "force_download")
+
+ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
+VIT = "vit.vision_tower.vision_model."
+HEADS = {"output.weight": "vocabulary", "score.weight": "score"}
+PACKED = {".linear.qweight": "GPTQ", ".qweight": "AWQ"}  # 4-bit layouts by the end of a name, the longer first
+# Relatives whose weights another architecture reads: a part of a name, and what it is.
+FOREIGN = {
+    "Qformer.": "InternLM-XComposer 1.0 (Q-Former and InternLM1)",
+    "ln_vision.": "InternLM-XComposer 1.0 or ShareCaptioner (EVA-CLIP and a resampler)",
+    "model.mm_projector.": "ShareGPT4V or another LLaVA model; load it with LlavaForConditionalGeneration",
+    "audio_tower.": "OmniLive's audio part; load it with Qwen2AudioForConditionalGeneration",
+    "compressor.": "OmniLive's memory part (GroundQwenForCausalLM); the OmniLive repository runs it",
+}
+
+Tensors = Mapping[str, Stored]
+
+
+class Fact(NamedTuple):
+    """A field's value as the weights have it, and the tensor that says so."""
+
+    section: str  # "", "text" or "vision"
+    field: str
+    value: Any
+    source: str
+
+
+def foreign(names: Any) -> str | None:
+    """What a relative of another architecture is, by its tensors' names; None for this family."""
+    ours = any(".Plora_" in name or name.startswith("vit.vision_tower.") for name in names)
+    return None if ours else next((what for part, what in FOREIGN.items() if any(part in name for name in names)), None)
+
+
+def packed_layout(tensors: Tensors) -> tuple[str, str] | None:
+    """The 4-bit layout of the decoder's linears and a tensor that shows it; None for whole numbers."""
+    for ending, layout in PACKED.items():
+        for name in tensors:
+            if name.endswith(ending):
+                return layout, name
+    return None
+
+
+def layer_count(tensors: Tensors, prefix: str) -> int:
+    numbers = [name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...] | None:
+    shape = tensors[name].shape if name in tensors else ()
+    return shape if len(shape) == ndim else None
+
+
+def decoder_facts(tensors: Tensors, heads: Any) -> list[Fact]:
+    """Sizes of the decoder. The number of attention heads is in no tensor; key/value heads follow from it."""
+    facts = []
+    name = "model.tok_embeddings.weight"
+    if shape := _shape(tensors, name, 2):
+        facts += [Fact("text", "vocab_size", shape[0], name), Fact("text", "hidden_size", shape[1], name)]
+    name = "model.layers.0.feed_forward.w1.weight"
+    if shape := _shape(tensors, name, 2):
+        facts.append(Fact("text", "intermediate_size", shape[0], name))
+    if layers := layer_count(tensors, "model.layers."):
+        facts.append(Fact("text", "num_hidden_layers", layers, f"model.layers.{layers - 1}"))
+    name = "model.layers.0.attention.wqkv.weight"
+    shape = _shape(tensors, name, 2)
+    if shape and isinstance(heads, int) and heads > 0 and shape[1] % heads == 0:
+        pairs, rest = divmod(shape[0] - shape[1], 2 * (shape[1] // heads))
+        if pairs > 0 and not rest:
+            facts.append(Fact("text", "num_key_value_heads", pairs, name))
+    return facts
+
+
+def vision_facts(tensors: Tensors) -> list[Fact]:
+    """Sizes of the vision tower and of what follows it."""
+    facts = []
+    name = VIT + "embeddings.patch_embedding.weight"
+    embedding = _shape(tensors, name, 4)
+    if embedding:
+        width, _, _, patch = embedding
+        facts += [Fact("vision", "hidden_size", width, name), Fact("vision", "patch_size", patch, name)]
+        positions = VIT + "embeddings.position_embedding.weight"
+        if rows := _shape(tensors, positions, 2):
+            side = math.isqrt(max(rows[0] - 1, 0))
+            if side and side**2 + 1 == rows[0]:
+                facts.append(Fact("vision", "image_size", side * patch, positions))
+        projector = "vision_proj.0.weight"
+        if shape := _shape(tensors, projector, 2):
+            merge = math.isqrt(shape[1] // width)
+            if merge**2 * width == shape[1]:
+                facts.append(Fact("", "spatial_merge_size", merge, projector))
+                if merge == 1 and "plora_sub_GN" not in tensors:
+                    facts.append(Fact("", "image_separators", False, "no plora_sub_GN"))
+    name = VIT + "encoder.layers.0.mlp.fc1.weight"
+    if shape := _shape(tensors, name, 2):
+        facts.append(Fact("vision", "intermediate_size", shape[0], name))
+    if layers := layer_count(tensors, VIT + "encoder.layers."):
+        facts.append(Fact("vision", "num_hidden_layers", layers, f"{VIT}encoder.layers.{layers - 1}"))
+    return facts
+
+
+def structure_facts(tensors: Tensors) -> list[Fact]:
+    """Head and separators."""
+    facts = [Fact("", "head", head, name) for name, head in HEADS.items() if name in tensors]
+    if len(facts) > 1:  # a vocabulary may ride along with a trained score
+        facts = facts[:1]
+    if any(name.startswith("vision_proj.") for name in tensors):
+        name = "plora_sub_GN"
+        facts += [Fact("", "image_separators", True, name)] * (name in tensors)
+    return facts
+
+
+def adapter_ranks(tensors: Tensors) -> tuple[dict[str, int], dict[str, int]]:
+    """Rank of partial LoRA by linear, and of each task adapter: the commonest, so that a damaged tensor stands out."""
+    rows: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    for name, tensor in tensors.items():
+        match = ADAPTER.search(name)
+        if match and match[2] == "A" and tensor.shape:
+            linear = name.split(".")[-3] if match[1] == "Plora" else ""
+            rows[match[1], linear][tensor.shape[0]] += 1
+    ranks = {key: counter.most_common(1)[0][0] for key, counter in rows.items()}
+    plora = {linear: rank for (adapter, linear), rank in ranks.items() if adapter == "Plora"}
+    return plora, {name.removeprefix("lora_"): rank for (name, _), rank in ranks.items() if name != "Plora"}
+
+
+def rank_facts(tensors: Tensors) -> list[Fact]:
+    """Ranks of partial LoRA (the commonest, and those linears that differ) and of the task adapters."""
+    plora, tasks = adapter_ranks(tensors)
+    facts = []
+    if plora:
+        common = Counter(plora.values()).most_common(1)[0][0]
+        facts.append(Fact("text", "plora_rank", common, f"{_an_adapter(tensors, plora, common)}"))
+        for linear, rank in plora.items():
+            if rank != common:
+                facts.append(Fact("text", f"plora_{linear}_rank", rank, _an_adapter(tensors, {linear: rank}, rank)))
+    if any(name.startswith("model.layers.") for name in tensors):
+        source = some(f"lora_{name}_A" for name in tasks) or "no lora_*_A"
+        facts.append(Fact("text", "task_adapter_ranks", tasks, source))
+    return facts
+
+
+def _an_adapter(tensors: Tensors, plora: Mapping[str, int], rank: int) -> str:
+    ends = tuple(f".{linear}.Plora_A.weight" for linear, found in plora.items() if found == rank)
+    return next(name for name in tensors if name.endswith(ends))
+
+
+def facts_of(tensors: Tensors, heads: Any) -> list[Fact]:
+    """All that the tensors, by released name, say of the config."""
+    return [*decoder_facts(tensors, heads), *vision_facts(tensors), *structure_facts(tensors), *rank_facts(tensors)]
+
+
+def signs_of(facts: list[Fact]) -> dict[str, Any]:
+    """What of the facts tells the kinds apart, see `kinds_internlm_xcomposer2.signs_of_kind`."""
+    values = {(fact.section, fact.field): fact.value for fact in facts}
+    signs = {
+        "spatial_merge_size": values.get(("", "spatial_merge_size")),
+        "head": values.get(("", "head")),
+        "image_size": values.get(("vision", "image_size")),
+    }
+    if ("text", "plora_rank") in values:
+        signs["own rank in wqkv"] = ("text", "plora_wqkv_rank") in values
+    if ("text", "task_adapter_ranks") in values:
+        signs["task adapters"] = bool(values["text", "task_adapter_ranks"])
+    return {sign: value for sign, value in signs.items() if value is not None}
+
+
+def complete(fields: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], list[str]]:
+    """`fields` of a `config.json` with what they leave out, and where they and the weights contradict each other.
+
+    Args:
+        tensors: by released name; without shapes (an index knows names alone) fewer facts are to be had.
+
+    Raises:
+        ValueError: an unknown `kind`.
+    """
+    fields = copy.deepcopy(dict(fields))
+    relative = foreign(tensors)
+    if relative is not None:
+        return fields, [f"the weights are those of {relative}; it is not supported by this code"]
+    is_nested = isinstance(fields.get("text_config"), dict)
+    text = fields["text_config"] if is_nested else fields
+    vision = fields.get("vision_config")
+    vision = dict(vision) if isinstance(vision, Mapping) else {}
+    sections = {"": fields, "text": text, "vision": vision}
+    labels = {"": "", "text": "text_config." if is_nested else "", "vision": "vision_config."}
+    facts = facts_of(tensors, text.get("num_attention_heads", fields.get("num_attention_heads")))
+    kind = kind_of({**fields, **text}, signs_of(facts))
+    faults = []
+    for section, field, value, source in facts:
+        stated = sections[section].get(field)
+        if section == "vision" and field == "image_size" and stated is None and fields.get("img_size") is not None:
+            section, field, stated = "", "img_size", fields["img_size"]
+        if stated is None or (field == "task_adapter_ranks" and stated == [] and not value):
+            sections[section][field] = value
+        elif stated != value:
+            faults.append(f"{labels[section]}{field} is {stated!r}, but the weights have {value!r} ({source})")
+    if vision:
+        fields["vision_config"] = vision
+    return {**fields, "kind": kind}, faults
+
+
+@cache
+def _renamings() -> tuple[list, list]:
+    from transformers.core_model_loading import WeightRenaming
+
+    inward = [WeightRenaming(released, inside) for released, inside in RENAMINGS]
+    return inward, [renaming.reverse_transform() for renaming in reversed(inward)]
+
+
+def released_name(name: str) -> str:
+    """The released spelling of a tensor's name (a file may hold the module tree's own, which load too)."""
+    inward, outward = _renamings()
+    for renaming in (*inward, *outward):
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def folder_of(name_or_path: Any, hub: Mapping[str, Any]) -> Path | None:
+    """The folder that a `from_pretrained` reads, the hub's cache included; None where it is not on this machine."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path.parent
+    if path.is_dir():
+        return path / (hub.get("subfolder") or "")
+    where = {name: hub[name] for name in HUB if name in hub and name not in ("force_download", "local_files_only")}
+    found = cached_file(str(name_or_path), CONFIG_NAME, local_files_only=True, **QUIETLY, **where)
+    return None if found is None else Path(found).parent
+
+
+QUIETLY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+
+def tensors_of(name_or_path: Any, hub: Mapping[str, Any]) -> dict[str, Stored]:
+    """What is known of a checkpoint's tensors, by released name, before its weights are fetched or read.
+
+    Of a hub id whose weights are not here yet: the names in its index, without shapes. Weights that cannot be read are
+    none here; loading the model says what is wrong with them.
+    """
+    folder = folder_of(name_or_path, hub)
+    try:
+        stored = WeightFiles(folder).tensors.values() if folder is not None else ()
+        return {released_name(tensor.name): tensor for tensor in stored}
+    except NoWeights:
+        if Path(name_or_path).exists():
+            return {}
+    except (Misfit, OSError):
+        return {}
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        where = {name: hub[name] for name in HUB if name in hub}
+        found = cached_file(str(name_or_path), index, **QUIETLY, **where)
+        if found is not None:
+            weight_map = json.loads(Path(found).read_text(encoding="utf-8")).get("weight_map") or {}
+            return {released_name(name): Stored(name, (), "float32", file) for name, file in weight_map.items()}
+    return {}
+
+
+def complete_from_weights(fields: Mapping[str, Any], name_or_path: Any, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` of a checkpoint's `config.json` with what its weights say besides.
+
+    Where they contradict each other the fields stay as they are: reading a config needs no weights, and loading the
+    model says what is wrong.
+    """
+    completed, faults = complete(fields, _unpacked(fields, tensors_of(name_or_path, hub)))
+    return dict(fields) if faults else completed
+
+
+def _unpacked(fields: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The tensors whose shapes are the model's: of quantised weights those of floating numbers."""
+    if not fields.get("quantization_config"):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating}
+
+
+class CheckedLoadingMixin:
+    """`from_pretrained` that never leaves a parameter at random; stands before `PreTrainedModel`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs
+    ):
+        """transformers' `from_pretrained`, with errors where it warns or fails without a name.
+
+        Raises:
+            ValueError: tensors that are missing, of another shape, or of integers; a file that is cut short; a head
+                that another class reads.
+        """
+        if name_or_path is not None and kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None:
+            check_stored(name_or_path, kwargs)
+        model, info = super().from_pretrained(
+            name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        shapes = [f"{released_name(name)} is {(*is_,)}, not {(*due,)}" for name, is_, due in info["mismatched_keys"]]
+        if shapes and not ignore_mismatched_sizes:
+            wrong = f"{count(len(shapes), 'tensor')} of the wrong shape"
+            raise ValueError(f"{name_or_path} has {wrong}: {some(sorted(shapes))}")
+        if output_loading_info:  # who asks for the list decides by it
+            return model, info
+        missing = sorted(map(released_name, info["missing_keys"]))
+        if missing:
+            there = sorted(set(HEADS) & {released_name(name) for name in info["unexpected_keys"]})
+            instead = f"; it has {there[0]} in its place, see `config.head`" if there and missing[0] in HEADS else ""
+            raise ValueError(f"{name_or_path} lacks {count(len(missing), 'tensor')}: {some(missing)}{instead}")
+        return model
+
+
+def check_stored(name_or_path: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError for weight files that are damaged, packed, of integers, or contradict their `config.json`."""
+    folder = folder_of(name_or_path, kwargs)
+    if folder is None:
+        return
+    try:
+        weights = WeightFiles(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
+    except NoWeights:
+        return  # transformers looks further, and says where
+    except Misfit as misfit:
+        raise Misfit(*(f"{folder}: {line}" for line in misfit.lines)) from misfit
+    tensors = {released_name(name): tensor for name, tensor in weights.tensors.items()}
+    config = folder / CONFIG_NAME
+    fields = read_json(config) if config.is_file() else {}
+    faults = complete(fields, _unpacked(fields, tensors))[1]
+    if faults:
+        raise ValueError(f"config.json of {folder} contradicts the weights: {some(faults, 8)}")
+    if fields.get("quantization_config"):
+        return
+    packed = packed_layout(tensors)
+    if packed is not None:
+        layout, name = packed
+        raise ValueError(
+            f"{folder} holds weights packed in 4 bits ({layout} layout: {name}); load the full-precision release, and "
+            f"quantise it while loading (quantization_config=BitsAndBytesConfig(load_in_4bit=True))"
+        )
+    whole = [name for name, tensor in tensors.items() if not tensor.is_floating and not name.endswith("position_ids")]
+    if whole:
+        kinds = f"{whole[0]} is {tensors[whole[0]].dtype}"
+        raise ValueError(f"{folder}: {count(len(whole), 'tensor')} of no floating numbers: {some(whole)} ({kinds})")
