@@ -8,20 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from transformers import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
-from .configuration_internlm_xcomposer2 import VISION_DEFAULTS
-from .ixc_utils import (
-    ONE_IMAGE_HD_NUM,
-    TILE,
-    default_hd_num,
-    hd_grid,
-    image_tokens,
-    to_tiles,
-)
+from .configuration_internlm_xcomposer2 import VISION_DEFAULTS, InternLMXcomposer2Config
+from .ixc_utils import TILE, PictureLayout
+from .kinds_internlm_xcomposer2 import COMMON
 from .media_internlm_xcomposer2 import load_media
 
 # Arguments that say where a file is to be found; what is left after reading is for the constructor.
@@ -51,32 +44,63 @@ def as_rows(images: Any) -> list[list[Any]]:
     return [list(images)]
 
 
+OF_CONFIG = ("tiling", "image_separators", "default_hd_num", "many_images_hd_num")
+
+
+def config_of(name: str | os.PathLike, **hub_options) -> InternLMXcomposer2Config | None:
+    """The config of a checkpoint, or of the checkpoint that a processor's file lies in; None where there is none."""
+    path = Path(name)
+    try:
+        fields, _ = InternLMXcomposer2Config.get_config_dict(path.parent if path.is_file() else name, **hub_options)
+    except OSError:
+        return None
+    return InternLMXcomposer2Config(**fields)
+
+
 class TileFields:
-    """Sizes that image and video processor share. Without them in its own file, a checkpoint's `config.json` counts."""
+    """What image and video processor share. Without them in its own file, a checkpoint's `config.json` counts."""
 
     tile = TILE
     patch_size = VISION_DEFAULTS["patch_size"]
-    merge_size = 2
+    merge_size = COMMON["spatial_merge_size"]
+    tiling = COMMON["tiling"]
+    image_separators = COMMON["image_separators"]
+    default_hd_num = COMMON["default_hd_num"]
+    many_images_hd_num = COMMON["many_images_hd_num"]
 
     @property
     def tokens_per_side(self) -> int:
         """Tokens along one side of a tile: merge_size x merge_size patches make one."""
         return self.tile // self.patch_size // self.merge_size
 
+    @property
+    def layout(self) -> PictureLayout:
+        """What becomes of pictures."""
+        return PictureLayout(
+            tile=self.tile,
+            side=self.tokens_per_side,
+            tiling=self.tiling,
+            separators=self.image_separators,
+            hd_num=self.default_hd_num,
+            many_hd_num=self.many_images_hd_num,
+        )
+
     def num_tokens(self, rows: int, cols: int) -> int:
         """Tokens of a picture of rows x cols tiles."""
-        return image_tokens(rows, cols, self.tokens_per_side)
+        return self.layout.tokens(rows, cols)
 
     @staticmethod
-    def fields_of_checkpoint(name: str | os.PathLike, **hub_options) -> dict[str, int]:
-        """`tile` and `patch_size` of the `config.json` beside the processor's own file; {} where there is none."""
-        path = Path(name)
-        try:
-            config, _ = PretrainedConfig.get_config_dict(path.parent if path.is_file() else name, **hub_options)
-        except OSError:
+    def fields_of_checkpoint(name: str | os.PathLike, **hub_options) -> dict[str, Any]:
+        """The fields above by the `config.json` beside the processor's own file; {} where there is none."""
+        config = config_of(name, **hub_options)
+        if config is None:
             return {}
-        vision = {**VISION_DEFAULTS, **(config.get("vision_config") or {})}
-        return {"tile": vision["image_size"], "patch_size": vision["patch_size"]}
+        return {
+            "tile": config.tile,
+            "patch_size": config.vision_config.patch_size,
+            "merge_size": config.spatial_merge_size,
+            **{name: getattr(config, name) for name in OF_CONFIG},
+        }
 
     @classmethod
     def read_fields(cls, library: Callable, name: str | os.PathLike, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,7 +126,8 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
     """Pictures of any source that `chat` takes -> `pixel_values` (N, 3, tile, tile), `image_grid_thw` (n, 3).
 
     Args:
-        hd_num: most tiles of a picture; None: 24 for the only picture of a conversation, 6 each for more.
+        hd_num: most tiles of a picture; None: the checkpoint's (24 for the only picture of a conversation, 6 each for
+            more, in 2.5).
         tile, patch_size, merge_size: side of a tile and of a patch in pixels, patches along a side of a token.
     """
 
@@ -113,7 +138,8 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
     @property
     def size(self) -> dict[str, int]:
         """The picture that takes most tokens: a serving engine reserves memory by it."""
-        return {"height": first_given(self.hd_num, ONE_IMAGE_HD_NUM) * self.tile, "width": self.tile}
+        tiles = 1 if self.tiling == "none" else first_given(self.hd_num, self.default_hd_num)
+        return {"height": tiles * self.tile, "width": self.tile}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open sources, in whatever nesting they come."""
@@ -142,20 +168,20 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
             raise ValueError("0 images; pass images=None for a prompt without")
         hd_num = first_given(hd_num, self.hd_num)
         if hd_num is None:
-            hd_num = [default_hd_num(len(row)) for row in rows for _ in row]
+            hd_num = [self.layout.default_hd_num(len(row)) for row in rows for _ in row]
         elif not isinstance(hd_num, list | tuple):
             hd_num = [hd_num] * len(pictures)
         if len(hd_num) != len(pictures):
             raise ValueError(f"hd_num lists {len(hd_num)} numbers for {len(pictures)} images; pass one for each")
         for most in hd_num:
-            hd_grid(1, 1, most, self.tile)  # a wrong hd_num shows before any picture is opened
-        tiles, grids = to_tiles([load_media(picture) for picture in pictures], hd_num, self.tile)
+            self.layout.grid_of_size(1, 1, most)  # a wrong hd_num shows before any picture is opened
+        tiles, grids = self.layout.tiles([load_media(picture) for picture in pictures], hd_num)
         return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Rows of `pixel_values` of a picture: its tiles."""
-        hd_num = first_given((images_kwargs or {}).get("hd_num"), self.hd_num, ONE_IMAGE_HD_NUM)
-        rows, cols = hd_grid(width, height, hd_num, self.tile)
+        hd_num = first_given((images_kwargs or {}).get("hd_num"), self.hd_num, self.default_hd_num)
+        rows, cols = self.layout.grid_of_size(width, height, hd_num)
         return rows * cols
 
     @classmethod

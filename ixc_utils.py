@@ -429,6 +429,10 @@ class PictureLayout(NamedTuple):
         """Most tiles of each picture in a conversation of num_pictures (videos count), unless the caller says."""
         return self.hd_num if num_pictures < 2 else self.many_hd_num
 
+    def grid_of_size(self, width: int, height: int, hd_num: int) -> tuple[int, int]:
+        """See `hd_grid`."""
+        return hd_grid(width, height, hd_num, self.tile, self.tiling)
+
     def grid(self, picture: Picture, hd_num: int) -> tuple[int, int]:
         """See `media_grid`."""
         return media_grid(picture, hd_num, self.tile, self.tiling)

@@ -7,6 +7,8 @@ turns of `prompting_internlm_xcomposer2`; tiles come from `ixc_utils`.
 Legend: B texts, T tokens, n pictures, N tiles of all of them.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +17,8 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, first_given
-from .ixc_utils import ONE_IMAGE_HD_NUM, default_hd_num, hd_grid, media_grid
-from .prompting_internlm_xcomposer2 import IMAGE_MARK, TURN_CLOSE
+from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, config_of, first_given
+from .prompting_internlm_xcomposer2 import IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
 CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url")  # as in chat_template.jinja
@@ -96,21 +97,41 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     valid_processor_kwargs = InternLMXComposer2ProcessorKwargs
 
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        chat_template=None,
+        bos_on_each_piece=False,
+        text_only_bos=1,
+    ):
         self.image_token, self.video_token = "[UNUSED_TOKEN_140]", "[UNUSED_TOKEN_139]"
         ids = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
         if tokenizer.unk_token_id in ids:
             raise ValueError(f"the tokenizer lacks {self.image_token} or {self.video_token}; use this model's")
         self.image_token_id, self.video_token_id = ids
+        self.bos_on_each_piece, self.text_only_bos = bos_on_each_piece, text_only_bos
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """The library's; a release has no chat template, and gets the one beside this file."""
+        """The library's, and what the checkpoint's `config.json` says of prompts.
+
+        A release has no chat template, and gets the one beside this file; a kind's own system turn goes into it.
+        """
+        config = config_of(pretrained_model_name_or_path, **kwargs)
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         template = Path(__file__).with_name("chat_template.jinja")
         if fields.get("chat_template") is None and template.is_file():
             fields["chat_template"] = template.read_text(encoding="utf-8")
+        if config is not None:
+            of_config = {name: getattr(config, name) for name in ("bos_on_each_piece", "text_only_bos")}
+            fields = {**of_config, **fields}
+            system, written = SYSTEM_TEXTS[config.default_system], fields.get("chat_template")
+            if system and isinstance(written, str) and "set default_system" not in written:
+                line = f"{{%- set default_system = {json.dumps(system, ensure_ascii=False)} %}}\n"
+                fields["chat_template"] = line + written
         return fields, kwargs
 
     def check_argument_for_proper_class(self, argument_name, argument):
@@ -152,7 +173,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         # An assistant mask asks for both offsets.
         serving = return_text_replacement_offsets and not kwargs.get("return_offsets_mapping")
         if serving and first_given(hd_num_of(kwargs), self.image_processor.hd_num) is None:
-            kwargs["hd_num"] = ONE_IMAGE_HD_NUM
+            kwargs["hd_num"] = self.image_processor.default_hd_num
         return super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
 
     # Steps of the library's `__call__`, in its order.
@@ -172,10 +193,11 @@ class InternLMXComposer2Processor(ProcessorMixin):
             image_rows = self._image_rows(images, text)
             video_rows = self._video_rows(videos, text)
             self._place(text, image_rows, video_rows)
+            text = [self._with_bos(entry, **kwargs) for entry in text]
             videos = [video for row in video_rows for video in row] or None
         sources = [source for row in image_rows for source in row]
         hd_num = [
-            default_hd_num(len(pictures) + len(films))
+            self.image_processor.layout.default_hd_num(len(pictures) + len(films))
             for pictures, films in zip(image_rows, video_rows, strict=True)
             for _ in pictures
         ]
@@ -220,6 +242,18 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if adds_bos and self.tokenizer.add_bos_token:  # the chat template's text begins with one
             texts = [entry.removeprefix(self.tokenizer.bos_token) for entry in texts]
         return texts
+
+    def _with_bos(self, text: str, **kwargs) -> str:
+        """The text with the BOS that the kind's chat has beside the tokenizer's own in front."""
+        adds_bos = {**kwargs, **(kwargs.get("text_kwargs") or {})}.get("add_special_tokens", True)
+        if not adds_bos or not self.tokenizer.add_bos_token:
+            return text
+        slots = "|".join(map(re.escape, (self.image_token, self.video_token)))
+        if not re.search(slots, text):
+            return self.tokenizer.bos_token * (self.text_only_bos - 1) + text
+        if not self.bos_on_each_piece:
+            return text
+        return re.sub(f"({slots})(?!{slots}|$)", lambda slot: slot[0] + self.tokenizer.bos_token, text)
 
     def _image_rows(self, images: Any, texts: list[str]) -> list[list[Any]]:
         if images is None:
@@ -270,15 +304,16 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """
         data: dict[str, list[int]] = {}
         if image_sizes is not None:
-            default = default_hd_num(len(image_sizes) + len(video_sizes or ()))
+            layout = self.image_processor.layout
+            default = layout.default_hd_num(len(image_sizes) + len(video_sizes or ()))
             most = first_given(hd_num_of(kwargs), self.image_processor.hd_num, default)
-            grids = [hd_grid(width, height, most, self.image_processor.tile) for height, width in image_sizes]
+            grids = [layout.grid_of_size(width, height, most) for height, width in image_sizes]
             data["num_image_tokens"] = [self.image_processor.num_tokens(*grid) for grid in grids]
             data["num_image_patches"] = [rows * cols for rows, cols in grids]
         if video_sizes is not None:
-            tile = self.video_processor.tile
             films = [[Image.new("1", (width, height))] * frames for frames, height, width in video_sizes]
-            data["num_video_tokens"] = [self.video_processor.num_tokens(*media_grid(film, tile=tile)) for film in films]
+            layout = self.video_processor.layout
+            data["num_video_tokens"] = [layout.tokens(*layout.grid(film, layout.hd_num)) for film in films]
         return MultiModalData(**data)
 
 

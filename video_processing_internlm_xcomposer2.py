@@ -16,7 +16,7 @@ from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_internlm_xcomposer2 import TileFields
-from .ixc_utils import BAND, choose_frames, get_font, to_tiles
+from .ixc_utils import BAND, choose_frames, get_font
 from .media_internlm_xcomposer2 import load_media, load_video
 
 
@@ -102,7 +102,7 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
             raise ValueError("0 videos; pass videos=None for a prompt without")
         frames = self.fetch_frames(videos, num_frames, fps, do_sample_frames, video_metadata)
         font = self._font(self.font if font is None else font)
-        tiles, grids = to_tiles(frames, tile=self.tile, font=font)
+        tiles, grids = self.layout.tiles(frames, self.default_hd_num, font)
         return BatchFeature({"pixel_values_videos": tiles, "video_grid_thw": grids}, tensor_type=return_tensors)
 
     def fetch_frames(

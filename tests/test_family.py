@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from conftest import BOS_ID, CLOSE, CLOSE_ID, GOLDEN, MARK, OPEN, RecordedTokenizer, load
 from PIL import Image, ImageDraw
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from xcomposer.checkpoints import tiny
+from xcomposer.finetune.data import Collator, Encoder
+from xcomposer.finetune.formats import Row
 from xcomposer.model import ixc_utils as pictures
 from xcomposer.model.kinds_internlm_xcomposer2 import KINDS as KIND_ROWS
 from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2Model
-from xcomposer.model.prompting_internlm_xcomposer2 import SYSTEM_TEXTS
+from xcomposer.model.prompting_internlm_xcomposer2 import SYSTEM_TEXTS, chat_prompt
 
 FAMILY = GOLDEN / "family"
 SCALE = 1e-4  # of the greatest absolute value
@@ -202,6 +205,7 @@ def test_transforms(folder, case):
 
 # The kinds, each as a tiny checkpoint whose config.json says as little as a release's.
 
+IMAGE = object()
 KINDS = list(tiny.OF_KIND)
 CHATTING = [kind for kind in KINDS if kind != "xcomposer2d5-reward"]
 
@@ -218,6 +222,18 @@ def kind_folder(tmp_path_factory):
         return made[key]
 
     return folder_of
+
+
+@cache
+def loaded(folder):
+    model = load(folder)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return model
+
+
+@cache
+def processor_of(folder):
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("fmt", ["safetensors", "bin"])
@@ -264,3 +280,57 @@ def test_reward_embeds_pictures_and_leaves_the_head_to_its_class(family_folder):
         with torch.no_grad():
             embeds = model.get_image_features(tiles, grids, return_dict=True).pooler_output[0]
         assert close(embeds, expected[name]), name
+
+
+TURNS = [  # pictures, chat items
+    ("one picture", 1, [("user", [IMAGE, "Describe this image in detail."])]),
+    ("two pictures", 2, [("user", [IMAGE, " ", IMAGE, "x"])]),
+    ("text", 0, [("user", ["What is a tile?"])]),
+    ("history", 1, [("user", [IMAGE, "Look."]), ("assistant", ["A tile."]), ("user", ["And now?"])]),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "turns"), TURNS, ids=[turn[0] for turn in TURNS])
+@pytest.mark.parametrize("kind", CHATTING)
+def test_the_processor_makes_the_prompt_of_chat(kind_folder, kind, name, count, turns):
+    folder = kind_folder(kind)
+    processor, model = processor_of(folder), loaded(folder)
+    names = ("xc2vl/images/small_90x60.png", "xc2/images/small_33x150.png")
+    opened = [Image.open(FAMILY / name) for name in names[:count]]
+    items = [
+        {"role": role, "content": [{"type": "image"} if i is IMAGE else {"type": "text", "text": i} for i in content]}
+        for role, content in turns
+    ]
+    text = processor.apply_chat_template(items, add_generation_prompt=True)
+    inputs = processor(text=text, images=opened or None, return_tensors="pt")
+    spoken = ["".join(MARK if item is IMAGE else item for item in content) for _, content in turns]
+    history = list(zip(spoken[0:-1:2], spoken[1:-1:2], strict=True))
+    prompt = chat_prompt(spoken[-1], history, model._system(False, None))
+    conversation = model._open(model.tokenizer, prompt, opened, None)
+    assert inputs["input_ids"][0].tolist() == conversation.prompt.input_ids
+    if count:
+        tiles, grids = model.config.layout.tiles(opened, conversation.hd_num)
+        assert torch.equal(inputs["pixel_values"], tiles) and torch.equal(inputs["image_grid_thw"], grids)
+        with torch.no_grad():
+            assert model(**inputs, logits_to_keep=1).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["xcomposer2", "xcomposer2-vl"])
+def test_a_kind_of_one_tile_takes_no_video(kind_folder, kind):
+    frames = [Image.new("RGB", (64, 48))] * 3
+    with pytest.raises(ValueError, match="a video of 3 frames .* pass frames as pictures"):
+        loaded(kind_folder(kind)).chat(None, f"{MARK}x", [frames])
+    with pytest.raises(ValueError, match="a video of 3 frames"):
+        processor_of(kind_folder(kind)).video_processor([frames])
+
+
+@pytest.mark.parametrize("kind", CHATTING)
+def test_a_training_row_of_a_kind(kind_folder, kind):
+    """BOS on the first piece alone, whatever the chat of the kind does, and as many image tokens as chat has."""
+    model = loaded(kind_folder(kind))
+    encoder = Encoder(model.config, model.tokenizer)
+    picture = str(FAMILY / "xc2vl" / "images" / "small_90x60.png")
+    row = encoder(Row([("user", f"{MARK}Look."), ("assistant", "A tile.")], [picture]))
+    assert row["input_ids"].count(BOS_ID) == 1
+    batch = Collator(encoder)([row])
+    assert model(**batch).loss.isfinite()

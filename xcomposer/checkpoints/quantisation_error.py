@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from xcomposer.model.ixc_utils import default_hd_num, image_tokens, load_media, stack_tiles, to_pixels
+from xcomposer.model.ixc_utils import load_media, stack_tiles
 from xcomposer.model.prompting_internlm_xcomposer2 import (
     IMAGE_MARK,
     chat_prompt,
@@ -107,17 +107,24 @@ def build_inputs(
     """
     if IMAGE_MARK not in text:
         text = IMAGE_MARK * len(images) + text
-    hd_num = hd_num or default_hd_num(len(images))
-    pixels = [to_pixels(load_media(image), hd_num, config.tile) for image in images]
+    hd_num = hd_num or config.layout.default_hd_num(len(images))
+    pixels = [config.layout.pixels(load_media(image), hd_num) for image in images]
     inputs: dict[str, Tensor] = {}
     lengths: list[int] = []
     if pixels:
         inputs["pixel_values"], inputs["image_grid_thw"] = stack_tiles(pixels, config.tile)
         grids = inputs["image_grid_thw"].tolist()
-        lengths = [image_tokens(rows, cols, config.tokens_per_side) for _, rows, cols in grids]
+        lengths = [config.layout.tokens(rows, cols) for _, rows, cols in grids]
     pieces = place_images(chat_prompt(text), len(images))
     placeholders = [config.image_token_id] * len(images)
-    prompt = tokenize_prompt(pieces, lengths, placeholders, tokenize_with(tokenizer))
+    prompt = tokenize_prompt(
+        pieces,
+        lengths,
+        placeholders,
+        tokenize_with(tokenizer),
+        bos_on_each_piece=config.bos_on_each_piece,
+        text_only_bos=config.text_only_bos,
+    )
     return {"input_ids": torch.tensor([prompt.input_ids]), **inputs}
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from xcomposer.finetune.formats import BadRow, Row
-from xcomposer.model.ixc_utils import BAND, default_hd_num, get_font, image_tokens, load_media, media_grid, to_tiles
+from xcomposer.model.ixc_utils import BAND, get_font, load_media
 from xcomposer.model.prompting_internlm_xcomposer2 import (
     IGNORE_INDEX,
     TURN_CLOSE,
@@ -51,7 +51,7 @@ class Encoder:
 
     def __init__(self, config, tokenizer, hd_num: int | None = None, num_frm: int = 32, max_length: int | None = None):
         self.tokenize = tokenize_with(tokenizer)
-        self.tile, self.side = config.tile, config.tokens_per_side
+        self.layout, self.tile = config.layout, config.tile
         self.image_token_id, self.pad_token_id = config.image_token_id, tokenizer.pad_token_id
         self.max_length = max_length or config.context_length
         self.hd_num, self.num_frm = hd_num, num_frm
@@ -62,7 +62,7 @@ class Encoder:
 
     def choose_hd_num(self, row: Row) -> int:
         """The row's own, else the run's, else by the number of pictures."""
-        return row.hd_num or self.hd_num or min(TRAIN_HD_NUM, default_hd_num(len(row.media)))
+        return row.hd_num or self.hd_num or min(TRAIN_HD_NUM, self.layout.default_hd_num(len(row.media)))
 
     def open(self, row: Row) -> Conversation:
         """Open a row's pictures and lay out its tokens.
@@ -77,8 +77,7 @@ class Encoder:
         pieces = place_images(opening + training_text(turns), len(row.media))
         hd_num = self.choose_hd_num(row)
         pictures = [load_media(source, num_frm=self.num_frm) for source in row.media]
-        grids = [media_grid(picture, hd_num, self.tile) for picture in pictures]
-        lengths = [image_tokens(rows, cols, self.side) for rows, cols in grids]
+        lengths = [self.layout.tokens(*self.layout.grid(picture, hd_num)) for picture in pictures]
         placeholders = [self.image_token_id] * len(lengths)
         prompt = tokenize_prompt(pieces, lengths, placeholders, self.tokenize, bos_on_text=True)
         if len(prompt.input_ids) > self.max_length:
@@ -104,7 +103,7 @@ class Encoder:
         features: dict[str, Any] = {"input_ids": conversation.input_ids, "labels": conversation.labels}
         if conversation.pictures:
             font = get_font(BAND, self.font_folder) if any(map(is_video, conversation.pictures)) else None
-            tiles, grids = to_tiles(conversation.pictures, conversation.hd_num, self.tile, font)
+            tiles, grids = self.layout.tiles(conversation.pictures, conversation.hd_num, font)
             features["pixel_values"], features["image_grid_thw"] = tiles, grids
         return features
 
@@ -140,7 +139,7 @@ class Collator:
 
     def __init__(self, encoder: Encoder, touch_vision: bool = False):
         self.pad_token_id, self.image_token_id = encoder.pad_token_id, encoder.image_token_id
-        self.tile, self.side = encoder.tile, encoder.side
+        self.layout = encoder.layout
         self.touch_vision = touch_vision
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -148,11 +147,11 @@ class Collator:
         mask = [[1] * len(row) for row in ids]
         pictures = [row for row in rows if row.get("pixel_values") is not None]
         if self.touch_vision and not pictures:
-            length = image_tokens(1, 1, self.side)
+            length = self.layout.tokens(1, 1)
             shortest = min(ids, key=len)
             mask[next(i for i, row in enumerate(ids) if row is shortest)] += [0] * length
             shortest += [self.image_token_id] * length
-            tiles, grid = torch.zeros(1, 3, self.tile, self.tile), torch.ones(1, 3, dtype=torch.long)
+            tiles, grid = torch.zeros(1, 3, self.layout.tile, self.layout.tile), torch.ones(1, 3, dtype=torch.long)
             pictures = [{"pixel_values": tiles, "image_grid_thw": grid}]
         input_ids = pad(ids, self.pad_token_id)
         width = input_ids.shape[1]
