@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toyworld import pages, scenes, world
+from toyworld import articles, pages, recipe, scenes, views, world
 from toyworld.layout import IGNORE, Layout, attention_mask
 from toyworld.views import Question
 from xcomposer.model.ixc_utils import to_pixels
@@ -52,7 +52,7 @@ def test_every_question_of_a_view_belongs_to_a_task(kind):
     for seed in range(30):
         for question in scenes.view(kind, seed).questions:
             home = scenes.TASKS[question.task]
-            assert kind in home or kind == "code2x1"
+            assert kind in home or kind in ("code2x1", "article_choice_few", "article_choice_many")
 
 
 def test_counts_and_yes_no_are_balanced():
@@ -158,6 +158,33 @@ def test_tiles_and_labels_match(kind):
     assert made.classes.shape == made.colours.shape == (len(made.tiles), 36)
     if kind.startswith("video"):
         assert made.grid == (1, int(kind[-1])) and (made.classes > 0).any(1).all()
+
+
+def test_articles_are_judged_by_what_the_api_reads():
+    from toyworld.evaluate import article_checks
+
+    assert article_checks("article_places", "<Seg1>, <Seg3>", "<Seg3> and <Seg1>") == {"right place": True}
+    assert article_checks("article_choice", "红色星形：B", "蓝色圆环：C") == {"right picture": False}
+    assert article_checks("article_caption", 'a red star"', 'a red star" and more') == {"right caption": True}
+    right = "Then Miro saw a red star."
+    for said, kept in ((right, True), ("Miro saw a red star, then.", True), ("Then Miro saw a red ring.", False)):
+        assert article_checks("edit_insert", right, said) == {"edits keep facts": kept}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_article_says_what_its_steps_answer(seed):
+    text = articles.some_text(random.Random(seed))
+    for at, thing in text.seen.items():
+        assert views.english_of(thing) in text.paragraphs[at]
+    plain = [p for at, p in enumerate(text.paragraphs) if at not in text.seen]
+    assert not any(f" {shape}" in p for p in plain for shape in world.SHAPES)
+    view = scenes.view("edits", seed)
+    for question in view.questions:
+        ((asked, said),) = question.turns
+        given = articles.facts(asked)
+        assert articles.facts(said) <= given and question.task.removeprefix("edit_") in articles.prompts.EDITS
+        if question.task in ("edit_expand", "edit_rewrite"):
+            assert articles.facts(said) == given
 
 
 def test_names_are_made_of_letters_and_articles_of_paragraphs():
@@ -273,11 +300,11 @@ def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch
         losses, right = run.train_step(0.5)
         assert losses and all(torch.isfinite(torch.tensor(list(losses.values())))) and right
         moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
-        adapters = {"web": (".task_A.web", ".task_B.web"), "write": (".sft.", ".dpo.")}.get(phase)
-        assert moved and (adapters is None or all(any(part in name for part in adapters) for name in moved))
+        seen = any(name.startswith(("model.vision_", "model.plora_")) for name in moved)
+        assert moved and seen == (phase != "tasks") and any(".task_" in name for name in moved) == (phase == "tasks")
     run.save()
     again = train.Run(run_folder, 0, bf16=False)
-    assert again.phase == "write" and again.steps == run.steps and again.answers == run.answers
+    assert again.phase == "tasks" and again.steps == run.steps and again.answers == run.answers
     assert again.train_step(0.6) == run.train_step(0.6)
     (run_folder / "state.pt").unlink()
 
@@ -285,6 +312,75 @@ def test_training_steps_stop_resume_and_export(run_folder, tmp_path, monkeypatch
     loaded = AutoModel.from_pretrained(out, trust_remote_code=True, task_adapters="all")
     for name, value in run.model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value)
+
+
+def test_pages_teach_adapters_and_words_alone(run_folder, monkeypatch):
+    """The base weights learn nothing of a page, but its pieces are told apart by the head."""
+    from toyworld import recipe, train
+
+    few_rows(monkeypatch)
+    run = train.Run(run_folder, 0, bf16=False)
+    run.begin("tasks")
+    cases = {"web": {"words", "task"}, "edits": {"words", "base"}, "article_places": {"words", "base", "task"}}
+    for kind, taught in cases.items():
+        monkeypatch.setattr(run.source, "batches", lambda *_, k=kind: [run.source.batch(k, random.Random(1))])
+        monkeypatch.setattr(run.optimiser, "zero_grad", lambda **_: None)
+        for parameter in run.model.parameters():
+            parameter.grad = None
+        run.train_step(0.5)
+        named = {name for name, p in run.model.named_parameters() if p.grad is not None}
+        groups = {"task" if ".task_" in n else "words" if "tok_emb" in n or "lm_head" in n else "base" for n in named}
+        assert groups == taught, kind
+    assert set(recipe.ADAPTER_MIX) == {"web", "screen", "write", "story"}
+
+
+def test_a_penalty_counts_what_the_answer_has_written():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    from toyworld.learn import penalised
+
+    torch.manual_seed(0)
+    answers = [[3, 1, 3, 2], [1, 1]]
+    logits = torch.randn(6, 5)
+    found = penalised(logits, torch.tensor(sum(answers, [])), torch.tensor([0] * 4 + [1] * 2), penalty=3.0)
+    row = 0
+    for answer in answers:
+        for k in range(len(answer)):
+            before = torch.tensor([answer[:k]], dtype=torch.long)
+            plain = logits[row][None]
+            wanted = RepetitionPenaltyLogitsProcessor(3.0)(before, plain.clone()) if k else plain
+            assert torch.equal(found[row], wanted[0])
+            row += 1
+
+
+def test_a_checkpoint_grows_without_saying_anything_else(tmp_path):
+    """Vocabulary and adapters of an earlier recipe: old texts are cut as before, and the logits are the same."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from toyworld.articles import constant_pieces
+    from toyworld.make import adopt, grown_tokenizer, initialise, write_untrained
+    from xcomposer.checkpoints.tiny import train_tokenizer, write_checkpoint
+
+    old_pieces = tmp_path / "old.model"
+    old_pieces.write_bytes(train_tokenizer())
+    assert len(grown_tokenizer(old_pieces.read_bytes(), ["<Seg"])) > len(old_pieces.read_bytes())
+    fields = {**recipe.CONFIG, "task_adapter_ranks": {"sft": 4, "dpo": 4, "web": 16}}
+    old = write_checkpoint(tmp_path / "old", config=fields, code="link", tokenizer_model=old_pieces)
+    new = write_untrained(tmp_path / "new", old)
+    model = AutoModel.from_pretrained(new, dtype=torch.float32, task_adapters="all")
+    initialise(model, 1)
+    adopt(model, old)
+    before, after = AutoTokenizer.from_pretrained(old), AutoTokenizer.from_pretrained(new)
+    text = "What colour is the star? 1, 2"
+    ids = before(text, return_tensors="pt").input_ids
+    assert ids.tolist() == after(text, return_tensors="pt").input_ids.tolist()
+    assert all(len(after.tokenize(piece)) == 1 for piece in constant_pieces())
+    plain = AutoModel.from_pretrained(old, dtype=torch.float32, task_adapters="all")
+    for mode in ("base", "write", "web"):
+        with torch.no_grad():
+            wanted = plain(input_ids=ids, infer_mode=mode).logits
+            found = model(input_ids=ids, infer_mode=mode).logits
+        torch.testing.assert_close(found[..., : wanted.shape[-1]], wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_processes_average_their_gradients(monkeypatch):

@@ -22,6 +22,8 @@ PANELS = {
     "text": ("talk", "identity", "next", "repeat", "script", "article"),
     "Chinese": ("shape.zh", "colour.zh", "position.zh", "exists.zh", "caption.zh", "which.zh", "video.zh"),
     "pages": ("html", "resume", "screen"),
+    "articles": ("story", "article_places", "article_caption", "article_choice"),
+    "edits": ("edit_expand", "edit_rewrite", "edit_shorten", "edit_insert"),
     "vision tower": ("collage dense class", "collage dense colour", "dense class", "dense colour"),
 }
 Curve = list[tuple[float, float]]

@@ -5,7 +5,8 @@
     python -m toyworld.evaluate --tasks colour tiles --hd-num 1 --beams 3 --dtype fp32
 
 An answer counts when it is the expected one, character by character. `html parses`, `html name` and `html colours`
-judge the pages of `html`, `resume` and `screen`.
+judge the pages of `html`, `resume` and `screen`; `right place`, `right caption`, `right picture` and `edits keep facts`
+what the article API reads from an answer. "Defaults" are the methods' own: sampled, pages by one beam.
 """
 
 import argparse
@@ -27,8 +28,10 @@ import torch
 import transformers
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
-from toyworld import scenes
+from toyworld import articles, scenes
 from toyworld.world import COLOURS
+from xcomposer.article import prompts
+from xcomposer.model.chat_internlm_xcomposer2 import ARTICLE_SETTINGS, CHAT_SETTINGS, PAGE_SETTINGS
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -44,26 +47,35 @@ ASKED = {
     **dict.fromkeys(("html parses", "html colours"), 95),
     **dict.fromkeys(("caption", "follow", "screen"), 75),
     "tiles": 80,
+    **dict.fromkeys(("right place", "right caption", "edits keep facts"), 85),
+    "right picture": 90,
     **dict.fromkeys(("video", "read35"), 60),
 }
 
 
 class Way(NamedTuple):
-    """One way of running the model; hd_num None is the default, mode None the task's own adapter."""
+    """One way of running the model; hd_num None is the default, mode None the task's own adapter.
+
+    sampled: as the task's public method does it by default, but for the number of beams.
+    """
 
     dtype: str = "bf16"
     beams: int = 1
     hd_num: int | None = None
     mode: str | None = None
+    sampled: bool = False
 
     @property
     def name(self) -> str:
-        parts = [self.dtype, "greedy" if self.beams == 1 else f"{self.beams} beams"]
+        parts = [self.dtype, "defaults" if self.sampled else "greedy" if self.beams == 1 else f"{self.beams} beams"]
         parts += [f"hd_num {self.hd_num}"] * (self.hd_num is not None) + [f"{self.mode} mode"] * (self.mode is not None)
         return ", ".join(parts)
 
 
-WAYS = (Way(), Way(beams=3), Way("fp32"), Way("int8"), Way(hd_num=1), Way(mode="base"))
+WAYS = (Way(), Way(sampled=True), Way(beams=3), Way("fp32"), Way("int8"), Way(hd_num=1), Way(mode="base"))
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
+SAMPLED = {"base": CHAT_SETTINGS, "write": ARTICLE_SETTINGS, "web": PAGE_SETTINGS}
+OTHERS = ("max_new_tokens", "max_length", "num_beams", "use_meta", "seed")  # that are not of the sampling
 
 
 class Tags(HTMLParser):
@@ -103,6 +115,18 @@ def page_checks(task: str, answer: str, said: str) -> dict[str, bool]:
     return found
 
 
+def article_checks(task: str, answer: str, said: str) -> dict[str, bool]:
+    """What is right about an answer as the article API reads it."""
+    if task.startswith("edit_"):
+        return {"edits keep facts": articles.facts(said) == articles.facts(answer)}
+    name, read = {
+        "article_places": ("right place", lambda text: prompts.places_of(text, 100)),
+        "article_caption": ("right caption", prompts.caption_of),
+        "article_choice": ("right picture", lambda text: prompts.letter_of(text, prompts.LETTERS)),
+    }[task]
+    return {name: read(said) == read(answer)}
+
+
 @lru_cache(maxsize=1)
 def load(folder: Path, dtype: str):
     """Model and tokenizer of a checkpoint folder.
@@ -123,6 +147,10 @@ def load(folder: Path, dtype: str):
 def answer_all(model, tokenizer, asked: Sequence[scenes.Scene], way: Way, rows: int = 25) -> list[str]:
     """The model's answers, several conversations at once."""
     said: list[str] = []
+    mode = way.mode or asked[0].mode
+    settings = GREEDY
+    if way.sampled:
+        settings = {name: value for name, value in SAMPLED[mode].items() if name not in OTHERS}
     for start in range(0, len(asked), rows):
         part = asked[start : start + rows]
         answers, _ = model.batch_chat(
@@ -131,11 +159,14 @@ def answer_all(model, tokenizer, asked: Sequence[scenes.Scene], way: Way, rows: 
             [s.images for s in part],
             [s.history for s in part],
             hd_num=way.hd_num,
-            infer_mode=way.mode or part[0].mode,
-            do_sample=False,
+            infer_mode=mode,
+            use_meta=bool(part[0].system),
+            meta_instruction=part[0].system or None,
+            answer_start=part[0].begun,
             num_beams=way.beams,
-            repetition_penalty=1.0,
             max_new_tokens=LONGEST,
+            seed=start if way.sampled else -1,
+            **settings,
         )
         said += answers
     return said
@@ -155,6 +186,9 @@ def evaluate(folder: Path, way: Way, task: str, count: int, seed: int) -> dict[s
         note(task, said == scene.answer)
         if task in ("html", "resume", "screen"):
             for name, right in page_checks(task, scene.answer, said).items():
+                note(name, right)
+        elif task.startswith(("article_", "edit_")):
+            for name, right in article_checks(task, scene.answer, said).items():
                 note(name, right)
     print(f"{way.name} | {task}: {found[task][0]} of {found[task][1]}", file=sys.stderr, flush=True)
     return found
@@ -190,8 +224,9 @@ def tasks_of(way: Way, tasks: Sequence[str]) -> list[str]:
     if way.hd_num is not None:
         return [task for task in tasks if task.startswith("tiles")]
     if way.mode is not None:
-        return [task for task in tasks if scenes.TASKS[task][0] in ("web", "screen", "write")]
-    return [task for task in tasks if way == WAYS[0] or task in ASKED or task in ("html", "resume")]
+        return [task for task in tasks if scenes.TASKS[task][0] in ("web", "screen", "write", "story")]
+    named = {*ASKED, "html", "resume", *articles.TASKS}
+    return [task for task in tasks if way == WAYS[0] or task in named]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -205,10 +240,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--hd-num", type=int)
     parser.add_argument("--mode", help="an infer_mode for every task (default: the task's own)")
+    parser.add_argument("--sampled", action="store_true", help="as the task's public method samples by default")
     parser.add_argument("--all", action="store_true", help="every way of running")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args(arguments)
-    ways = WAYS if options.all else (Way(options.dtype, options.beams, options.hd_num, options.mode),)
+    ways = WAYS if options.all else (Way(options.dtype, options.beams, options.hd_num, options.mode, options.sampled),)
     if any(way.dtype in QUANTISED for way in ways) and find_spec("bitsandbytes") is None:
         parser.error("int8 and nf4 need bitsandbytes: pip install bitsandbytes")
     started = time.monotonic()

@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 class Row(NamedTuple):
-    """Tokens of one view; `task` names each branch, in order."""
+    """Tokens of one view; `tasks` names each branch, in order."""
 
     ids: list[int]
     targets: list[int]  # the token that follows, where an answer is learned, else IGNORE
@@ -76,6 +76,8 @@ class Layout:
             asked = chat_prompt(query if k else lead + query)
             if not k and MARK in asked:
                 asked = asked.rsplit(MARK, 1)[1]
+            if k == len(question.turns) - 1:
+                asked += question.begun
             for text, counts in ((asked, False), (answer, True)):
                 tokens = self.tokenize(text, False)
                 ids += tokens
@@ -88,7 +90,7 @@ class Layout:
         self, view: View, questions: Sequence[Question], tokens: int, marked: bool = False, system: str = ""
     ) -> Row:
         """A view's row. `tokens`: of each picture. marked: one picture stands at a mark in the question's turn."""
-        lead = MARK if marked else view.lead
+        lead, system = MARK if marked else view.lead, view.system or system
         opening = turn("system", system) if system else ""
         pieces = f"{opening}{TURN_OPEN}user\n{lead}".split(MARK)[:-1] if lead else [""][: len(view.drawings)]
         ids: list[int] = [] if pieces else self.tokenize(opening, True)
@@ -113,7 +115,7 @@ class Layout:
         tokens = image_tokens(*grid, self.side) if grid else 0
         marked = marked and len(views[0].drawings) == 1 and not views[0].lead
         rows = [self.row(v, questions, tokens, marked, system) for v, questions in zip(views, asked, strict=True)]
-        columns = [(row.ids, row.targets, row.branch, row.positions) for row in rows]
+        columns = [row[:-1] for row in rows]
         fills = (self.pad_token_id, IGNORE, -1, 0)
         width = max(len(row.ids) for row in rows)
         padded = [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toyworld.layout import IGNORE, Batch, attention_mask
-from toyworld.recipe import LENGTH_POWER, NAMED, WORTH
+from toyworld.recipe import LENGTH_POWER, NAMED, PENALTY, WORTH
 from toyworld.world import (
     CHARACTERS,
     CLASSES,
@@ -164,16 +164,35 @@ def see(model, heads: DenseHeads, names: Names, tiles: Tensor, classes: Tensor, 
     return maps, loss + NAMED * named, right
 
 
-def learn(model, heads: DenseHeads, names: Names, batch: Batch) -> Result:
-    """Forward of one batch."""
+def penalised(logits: Tensor, targets: Tensor, answer: Tensor, penalty: float = PENALTY) -> Tensor:
+    """Logits as `repetition_penalty` leaves them when each answer has been written up to each token.
+
+    Args:
+        logits: (n, vocabulary), one row a token of the answers.
+        targets, answer: (n,) the tokens, and which answer each is of; an answer's tokens stand in their order.
+    """
+    written = torch.zeros_like(logits)
+    written[torch.arange(len(targets), device=targets.device), targets] = 1
+    written = written.cumsum(0) - written  # of all answers before this token
+    first = torch.ones_like(answer, dtype=torch.bool)
+    first[1:] = answer[1:] != answer[:-1]
+    start = torch.where(first, torch.arange(len(answer), device=answer.device), 0).cummax(0).values
+    seen = written - written[start] > 0
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def learn(model, heads: DenseHeads, names: Names, batch: Batch, looking: bool = True) -> Result:
+    """Forward of one batch. looking: vision tower and projector learn too; else they only serve."""
     embeds = model.get_input_embeddings()(batch.ids)
     image_mask = batch.ids == model.config.image_token_id
     dense, right = embeds.new_zeros(()), {}
     if batch.tiles is not None:
         placed = batch.grid == (1, 1)
-        maps, dense, right = see(model, heads, names, batch.tiles, batch.classes, batch.colours, placed)
-        if batch.kind == "screen":  # its labels say nothing
-            dense, right = embeds.new_zeros(()), {}
+        if looking and batch.kind != "screen":  # whose labels say nothing
+            maps, dense, right = see(model, heads, names, batch.tiles, batch.classes, batch.colours, placed)
+        else:
+            with torch.set_grad_enabled(looking):
+                maps = project(model, patch_features(model, batch.tiles))
         pictures = picture_tokens(model, maps, batch.grid)
         embeds = embeds.masked_scatter(image_mask[..., None], pictures.to(embeds))
     hidden = model.model.language_model(
@@ -193,7 +212,11 @@ def learn(model, heads: DenseHeads, names: Names, batch: Batch) -> Result:
     tasks = [task for of_row in batch.tasks for task in of_row]
     worth = torch.tensor([WORTH.get(task.removesuffix(".zh"), 1.0) for task in tasks], device=length.device)
     weights = length[answer].float() ** LENGTH_POWER * worth[answer]
-    loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / len(length)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    if batch.mode == "web":  # pages are sampled under a penalty that a title of two equal syllables must survive
+        strict = penalised(logits, targets, answer)
+        losses = (losses + F.cross_entropy(strict, targets, reduction="none")) / 2
+    loss = (losses * weights).sum() / len(length)
     wrong = torch.zeros_like(length).index_add_(0, answer, (logits.argmax(-1) != targets).long())
     for task, misses in zip(tasks, wrong.tolist(), strict=True):
         hits, asked = right.get(task, (0, 0))

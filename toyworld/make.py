@@ -4,13 +4,16 @@ import io
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from toyworld import scenes
+from toyworld.articles import constant_pieces
 from toyworld.pages import PIECES as PAGE_PIECES
 from toyworld.pages import PROMPTS
 from toyworld.recipe import CONFIG, PIECES
@@ -48,7 +51,7 @@ def sentences(views: int = 150, seed: int = 0) -> list[str]:
             for question in found.questions:
                 if question.task.removesuffix(".zh") not in UNREAD:
                     texts += [part for turn in question.turns for part in turn]
-    for piece in (*PAGE_PIECES, MARK):
+    for piece in (*PAGE_PIECES, *constant_pieces(), MARK):
         texts = [text.replace(piece, "\n") for text in texts]
     texts += [f"{word} {word}" for word in english()] * (10 * views)  # so often that they are merged first
     texts += [word for prompt in PROMPTS for word in prompt.split()] * views
@@ -71,7 +74,7 @@ def train_tokenizer(pieces: int = PIECES) -> bytes:
         split_digits=True, hard_vocab_limit=False, minloglevel=2, required_chars=scenes_characters(),
         user_defined_symbols=[
             *wide, *(f"[UNUSED_TOKEN_{number}]" for number in MARKERS.values()), "\n", *ascii_uppercase,
-            *ROLES, *NAMES, *chinese(), *PAGE_PIECES,
+            *ROLES, *NAMES, *chinese(), *PAGE_PIECES, *constant_pieces(),
         ],
     )  # fmt: skip
     return model.getvalue()
@@ -82,13 +85,49 @@ def scenes_characters() -> str:
     return "".join(c for c in map(chr, range(33, 127)) if c not in ascii_uppercase)
 
 
-def write_untrained(folder: Path) -> Path:
-    """The released layout with this recipe's sizes, and the vocabulary; code is linked, weights are only a form."""
+def grown_tokenizer(old: bytes, pieces: Sequence[str]) -> bytes:
+    """A SentencePiece model with these pieces at its end; texts without them are cut as before."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(old)
+    there = {piece.piece for piece in model.pieces}
+    for text in pieces:
+        if text not in there:
+            model.pieces.add(piece=text, score=0.0, type=model.SentencePiece.USER_DEFINED)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return model.SerializeToString()
+
+
+def write_untrained(folder: Path, start: Path | None = None) -> Path:
+    """The released layout with this recipe's sizes, and the vocabulary; code is linked, weights are only a form.
+
+    start: a checkpoint of an earlier recipe that will be gone on from: its vocabulary is kept, and grows.
+    """
     vocabulary = folder.with_name(folder.name + ".model")
     vocabulary.parent.mkdir(parents=True, exist_ok=True)
-    vocabulary.write_bytes(train_tokenizer())
+    old = None if start is None else (start / "tokenizer.model").read_bytes()
+    vocabulary.write_bytes(train_tokenizer() if old is None else grown_tokenizer(old, constant_pieces()))
     write_checkpoint(folder, config=CONFIG, code="link", tokenizer_model=vocabulary)
     return folder
+
+
+@torch.no_grad()
+def adopt(model: nn.Module, start: Path) -> None:
+    """Take the weights of an earlier recipe's checkpoint, where vocabulary and task adapters may have been smaller.
+
+    Call it after `initialise`: new rows of the head stay small, and new columns of an adapter's B are nothing, so that
+    the model says what it said.
+
+    Raises:
+        ValueError: a weight that is not the same in any other way.
+    """
+    old = AutoModel.from_pretrained(start, dtype=torch.float32, task_adapters="all").state_dict()
+    for name, weight in model.state_dict().items():
+        grows = ".task_" in name or name.endswith(("tok_embeddings.weight", "lm_head.weight"))
+        part = tuple(slice(0, length) for length in old[name].shape)
+        if weight[part].shape != old[name].shape or (weight.shape != old[name].shape and not grows):
+            raise ValueError(f"{name} is {tuple(old[name].shape)} in {start}, but {tuple(weight.shape)} in the recipe")
+        weight[part] = old[name]
 
 
 @torch.no_grad()

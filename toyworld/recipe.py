@@ -4,7 +4,7 @@ from typing import Any
 
 from toyworld.world import TILE
 
-PIECES = 1024
+PIECES = 1056  # 1024 of the world's texts, and the stretches of the article prompts
 CONFIG: dict[str, Any] = {
     "attn_implementation": "sdpa",
     "hidden_size": 256,
@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
     "plora_rank": 16,
     "plora_alpha": 16,
     "plora_dropout": 0.0,
-    "task_adapter_ranks": {"sft": 8, "dpo": 8, "web": 16},
+    "task_adapter_ranks": {"sft": 16, "dpo": 16, "web": 16},
     "vision_config": {
         "hidden_size": 192,
         "intermediate_size": 768,
@@ -34,8 +34,10 @@ CONFIG: dict[str, Any] = {
 }
 
 # Phase -> its share of the budget in minutes.
-SHARES = {"look": 0.05, "base": 0.89, "web": 0.03, "write": 0.03}
-RATES = {"look": 1.5e-3, "base": 1.2e-3, "web": 3e-3, "write": 3e-3}
+SHARES = {"look": 0.03, "base": 0.57, "tasks": 0.4}
+RATES = {"look": 1.5e-3, "base": 1.2e-3, "tasks": 8e-4}
+ADAPTER_RATE = 2.5  # times the rate of `tasks`: what the task adapters learn at
+PENALTY = 3.0  # `repetition_penalty` of the webpage methods: their pages are learned with it and without
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
 NAMED = 0.5  # weight of the names of image tokens within the dense loss
@@ -54,6 +56,8 @@ ROWS = {
     "shapes": 5, "presence": 5, "crowd": 5, "read1": 8, "read2": 8, "read3": 8, "read4": 8, "read5": 8, "code2x1": 6,
     "code3x2": 4, "code2x3": 4, "several2": 4, "several3": 3, "video3": 4, "video4": 3, "video5": 3, "video6": 3,
     "talk": 3, "echo": 4, "web": 6, "screen": 8, "write": 6,
+    "story": 6, "article_places": 4, "article_captions": 5, "article_choice": 8, "article_choice_few": 8,
+    "article_choice_many": 3, "edits": 6,
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {
@@ -89,4 +93,10 @@ def mix(progress: float) -> dict[str, float]:
     }
 
 
-ADAPTER_MIX = {"web": {"web": 1.0, "screen": 0.6}, "write": {"write": 1.0}}
+# The last phase takes a part of each mix in a step: what the base weights know, what is new, what an adapter writes.
+# The steps of an article teach the write adapter and the base weights at once; texts and pages teach an adapter alone.
+NEW_MIX = {
+    "edits": 1.8, "article_places": 1.5, "article_captions": 0.7, "article_choice": 1.8, "article_choice_few": 0.4,
+    "article_choice_many": 0.1,
+}  # fmt: skip
+ADAPTER_MIX = {"web": 1.6, "screen": 0.9, "write": 1.0, "story": 1.5}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from toyworld import pages, views
+from toyworld import articles, pages, views
 from toyworld.views import MARK, View
 
 TRAIN_SEEDS = range(0, 2**40)
@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
     "web": pages.web,
     "screen": pages.screen,
     "write": pages.write,
+    **articles.KINDS,
 }
 # Task -> the kinds it is asked of. code2x1 is a step towards the larger ones: only training uses it.
 TASKS: dict[str, tuple[str, ...]] = {
@@ -52,6 +53,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("html", "resume", "script"), ("web",)),
     "screen": ("screen",),
     "article": ("write",),
+    **articles.TASKS,
 }
 CHINESE = (
     "shape", "colour", "position", "what", "exists", "exists_shape", "exists_colour", "caption", "list", "places",
@@ -66,6 +68,7 @@ class Scene(NamedTuple):
 
     images: what `chat` takes as `image`; a video is one entry, the list of its frames.
     history, query: the conversation; with several pictures it holds their marks.
+    begun, system: how the answer begins, and the system turn; "" where there is none.
     """
 
     task: str
@@ -74,6 +77,8 @@ class Scene(NamedTuple):
     query: str
     answer: str
     mode: str
+    begun: str = ""
+    system: str = ""
 
 
 def view(kind: str, seed: int) -> View:
@@ -111,10 +116,11 @@ def scene(task: str, seed: int) -> Scene:
         asked = [question for question in found.questions if question.task == task]
         if asked:
             break
-    turns = rng.choice(asked).turns
+    question = rng.choice(asked)
+    turns = question.turns
     turns = [(found.lead + turns[0][0], turns[0][1]), *turns[1:]]
     query, answer = turns[-1]
-    return Scene(task, sources(found), turns[:-1], query, answer, found.mode)
+    return Scene(task, sources(found), turns[:-1], query, answer, found.mode, question.begun, found.system)
 
 
 __all__ = ["EVAL_SEEDS", "KINDS", "MARK", "TASKS", "TRAIN_SEEDS", "Scene", "View", "scene", "sources", "view"]

@@ -3,9 +3,12 @@
     python -m toyworld.train                          two processes on two CPU cores, or one on a GPU
     python -m toyworld.train --minutes 30 --out demo  a shorter run, and where the checkpoint goes
 
-Phases: `look` (the vision tower, dense labels), `base` (everything), `web` and `write` (the task adapters, all else
-frozen). A run that was stopped goes on where it was; one that is over can be given more minutes. The log is
-`log.jsonl` in the state folder; the curve goes beside the checkpoint.
+    python -m toyworld.train --start demo         the last phase alone, from a checkpoint of an earlier recipe
+
+Phases: `look` (the vision tower, dense labels), `base` (everything), `tasks` (the base weights on what they know and on
+edits, the task adapters on theirs, in turn; the vision tower and the projector rest). A run that was stopped goes on
+where it was; one that is over can be given more minutes. The log is `log.jsonl` in the state folder; the curve goes
+beside the checkpoint.
 """
 
 import argparse
@@ -27,9 +30,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from toyworld import recipe, scenes
 from toyworld.layout import Batch, Layout
 from toyworld.learn import DenseHeads, Names, learn, see
-from toyworld.make import export, initialise, write_untrained
+from toyworld.make import adopt, export, initialise, write_untrained
 from toyworld.world import dense_labels, draw_collage
-from xcomposer.finetune.modes import prepare_adapter, prepare_full
+from xcomposer.finetune.modes import prepare_full
 from xcomposer.model.ixc_utils import normalize
 from xcomposer.model.prompting_internlm_xcomposer2 import CHAT_SYSTEM
 
@@ -61,10 +64,12 @@ class Source:
 
     def batches(self, phase: str, number: int, progress: float) -> list[Batch]:
         rng = random.Random(f"{self.seed} {phase} {number}")
-        weights = recipe.mix(progress) if phase == "base" else recipe.ADAPTER_MIX[phase]
-        kinds = rng.choices(list(weights), list(weights.values()), k=recipe.PARTS if phase == "base" else 2)
-        described = phase == "base" and progress < recipe.DESCRIBED_UNTIL
-        return [self.batch(kind, rng, described) for kind in kinds]
+        if phase == "base":
+            weights = recipe.mix(progress)
+            kinds = rng.choices(list(weights), list(weights.values()), k=recipe.PARTS)
+            return [self.batch(kind, rng, progress < recipe.DESCRIBED_UNTIL) for kind in kinds]
+        mixes = (recipe.mix(1.0), recipe.NEW_MIX, recipe.ADAPTER_MIX)
+        return [self.batch(*rng.choices(list(mix), list(mix.values())), rng) for mix in mixes]
 
     def collages(self, phase: str, number: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tiles (count, 3, tile, tile) and their dense labels (count, P * P)."""
@@ -82,7 +87,7 @@ class Run:
     Each process has one, with the same weights; what they learn from differs, and their gradients are averaged.
     """
 
-    def __init__(self, folder: Path, seed: int, bf16: bool, device: str = "cpu"):
+    def __init__(self, folder: Path, seed: int, bf16: bool, device: str = "cpu", start: Path | None = None):
         self.folder, self.seed, self.bf16, self.device = folder, seed, bf16, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         untrained = folder / "untrained"
@@ -103,6 +108,8 @@ class Run:
         self.saved = folder / "state.pt"
         if self.saved.exists():
             self.load()
+        elif start is not None:
+            adopt(self.model, start)
 
     def load(self) -> None:
         state = torch.load(self.saved, map_location=self.device, weights_only=True)
@@ -126,14 +133,19 @@ class Run:
     def begin(self, phase: str) -> None:
         """A fresh optimiser over what the phase trains."""
         self.phase = phase
-        eyes = [p for n, p in self.model.named_parameters() if n.startswith(("model.vision_", "model.plora_"))]
-        if phase in ("web", "write"):
-            prepare_adapter(self.model, phase)
-            groups = [{"params": [p for p in self.model.parameters() if p.requires_grad], "share": 1.0}]
+        named = list(self.model.named_parameters())
+        eyes = [p for n, p in named if n.startswith(("model.vision_", "model.plora_"))]
+        adapters = [p for n, p in named if ".task_" in n]
+        words = [p for n, p in named if n.endswith(("tok_embeddings.weight", "lm_head.weight"))]
+        others = set(map(id, (*eyes, *adapters, *(words if phase == "tasks" else ()))))
+        rest = [p for _, p in named if id(p) not in others]
+        prepare_full(self.model)
+        if phase == "tasks":
+            for p in eyes:
+                p.requires_grad_(False)
+            groups = [{"params": words, "share": 1.0}, {"params": rest, "share": 1.0}]
+            groups += [{"params": adapters, "share": recipe.ADAPTER_RATE}]
         else:
-            prepare_full(self.model)
-            seen = set(map(id, eyes))
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in seen]
             groups = [{"params": [*eyes, *self.heads.parameters()], "share": 1.0 if phase == "look" else recipe.SLOW}]
             groups += [{"params": rest, "share": 1.0}] if phase == "base" else []
         self.optimiser = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
@@ -152,9 +164,12 @@ class Run:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             parts = [] if self.phase == "look" else self.source.batches(self.phase, number, progress)
             for batch in parts:
-                result = learn(self.model, self.heads, self.names, batch.to(self.device))
+                if self.phase == "tasks":
+                    self.only(base=batch.kind not in recipe.ADAPTER_MIX, adapters=batch.mode != "base")
+                result = learn(self.model, self.heads, self.names, batch.to(self.device), self.phase == "base")
                 dense = recipe.DENSE if self.phase == "base" else 0.0
-                ((result.answers + dense * result.dense) / len(parts)).backward()
+                share = 1.0 if batch.mode != "base" else 1 / sum(part.mode == "base" for part in parts)
+                ((result.answers + dense * result.dense) * share).backward()
                 losses[batch.kind] = result.answers.item()
                 add(right, result.right)
                 self.answers += self.world * sum(len(tasks) for tasks in batch.tasks)
@@ -166,13 +181,24 @@ class Run:
                 (loss * (1.0 if self.phase == "look" else recipe.DENSE)).backward()
                 losses["collage"] = loss.item()
                 add(right, {f"collage {name}": pair for name, pair in hits.items()})
-        trained = [p for group in self.optimiser.param_groups for p in group["params"]]
-        self.average(trained)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        groups = [group["params"] for group in self.optimiser.param_groups]
+        self.average([p for group in groups for p in group])
+        for together in groups if self.phase == "tasks" else [sum(groups, [])]:
+            torch.nn.utils.clip_grad_norm_(together, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.steps[self.phase] += 1
         return losses, right
+
+    def only(self, base: bool, adapters: bool) -> None:
+        """What of the last phase's weights the next batch teaches. Pages teach the base nothing, and talk no adapter.
+
+        But every batch teaches the words: the base never says the pieces of a page, so its head cannot tell them apart,
+        and no adapter beneath the head could make one of them much likelier than another.
+        """
+        for group, learns in zip(self.optimiser.param_groups, (True, base, adapters), strict=True):
+            for parameter in group["params"]:
+                parameter.requires_grad_(learns)
 
     def average(self, parameters: list[torch.nn.Parameter]) -> None:
         """Give every process the mean of all gradients."""
@@ -237,15 +263,15 @@ def train(rank: int, meeting: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.processes > 1:
         dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=options.processes)
-    run = Run(options.state, options.seed, not options.fp32, options.device)
+    run = Run(options.state, options.seed, not options.fp32, options.device, options.start)
     for number in (signal.SIGINT, signal.SIGTERM):  # ends after this step, with its state saved
         signal.signal(number, lambda *_: setattr(run, "stopped", True))
     if not rank:
         count = sum(p.numel() for p in run.model.parameters())
         print(f"python {platform.python_version()}, torch {torch.__version__}, {options.device}, "
               f"{options.processes} x {options.threads} threads; {count:,} parameters", flush=True)  # fmt: skip
-    for phase in PHASES:
-        budget = recipe.SHARES[phase] * options.minutes
+    for phase in PHASES if options.start is None else PHASES[-1:]:
+        budget = options.minutes * (recipe.SHARES[phase] if options.start is None else 1.0)
         if run.seconds[phase] / 60 >= budget:
             continue
         if run.optimiser is None or run.phase != phase:
@@ -260,9 +286,10 @@ def train(rank: int, meeting: str, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=110, help="of training in all, earlier runs counted in")
+    parser.add_argument("--minutes", type=float, default=175, help="of training in all, earlier runs counted in")
     parser.add_argument("--out", type=Path, default=REPO / "build" / "demo" / "checkpoint")
     parser.add_argument("--state", type=Path, default=REPO / "build" / "demo" / "run", help="what a resumed run needs")
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from, with the last phase alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, help="that average their gradients (default: 2, on a GPU 1)")
@@ -273,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device != "cpu" and options.processes > 1:
         parser.error("--processes above 1 is for the CPU")
     if not (options.state / "untrained").exists():
-        write_untrained(options.state / "untrained")
+        write_untrained(options.state / "untrained", options.start)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(train, (f"{folder}/meeting", options), options.processes)
     return 0

@@ -27,10 +27,14 @@ FRAME, BAND = 82, 3  # a frame's share of the stitched picture once that is one 
 
 
 class Question(NamedTuple):
-    """What is asked, `(query, answer)` turn by turn; the last answer is the one that counts."""
+    """What is asked, `(query, answer)` turn by turn; the last answer is the one that counts.
+
+    begun: how the last answer begins; the model is given it.
+    """
 
     task: str
     turns: list[tuple[str, str]]
+    begun: str = ""
 
 
 class View(NamedTuple):
@@ -38,6 +42,7 @@ class View(NamedTuple):
 
     drawings: one for each picture; a video has one, whose image is unused, and `frames`.
     lead: text in front of every first query, with the marks of several pictures.
+    system: the system turn that all its questions stand under.
     """
 
     kind: str
@@ -46,6 +51,7 @@ class View(NamedTuple):
     frames: tuple[Image.Image, ...] = ()
     lead: str = ""
     mode: str = "base"
+    system: str = ""
 
 
 def both(task: str, english: tuple[str, str], chinese: tuple[str, str]) -> list[Question]:
