@@ -267,8 +267,8 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
     "article_places": seats,
     "article_captions": titles,
     "article_choice": partial(choice, least=4, most=4),
-    "article_choice_few": partial(choice, least=2, most=8),
-    "article_choice_many": partial(choice, least=9, most=prompts.LETTERS),
+    "article_choice_few": partial(choice, least=2, most=3),
+    "article_choice_many": partial(choice, least=5, most=prompts.LETTERS),
     "edits": edits,
 }
 # Task -> the kinds it is asked of. Only training uses choices of more or fewer than four.

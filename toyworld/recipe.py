@@ -93,10 +93,11 @@ def mix(progress: float) -> dict[str, float]:
     }
 
 
-# The last phase takes a part of each mix in a step: what the base weights know, what is new, what an adapter writes.
+# A step of the last phase takes a part of what the base weights know, one of what is new, and, every other time, one of
+# what an adapter writes; else another of what is known.
 # The steps of an article teach the write adapter and the base weights at once; texts and pages teach an adapter alone.
 NEW_MIX = {
-    "edits": 1.8, "article_places": 1.5, "article_captions": 0.7, "article_choice": 1.8, "article_choice_few": 0.4,
+    "edits": 1.0, "article_places": 1.4, "article_captions": 0.7, "article_choice": 1.4, "article_choice_few": 1.4,
     "article_choice_many": 0.1,
 }  # fmt: skip
-ADAPTER_MIX = {"web": 1.6, "screen": 0.9, "write": 1.0, "story": 1.5}
+ADAPTER_MIX = {"web": 0.5, "screen": 0.3, "write": 0.8, "story": 1.0}
