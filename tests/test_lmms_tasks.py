@@ -31,7 +31,7 @@ def test_every_task_is_there_once_in_its_mode():
 
 @pytest.mark.parametrize("mode", ["base", "web", "write"])
 def test_each_file_lists_its_metrics(mode):
-    text = (FOLDER / ("toyworld.yaml" if mode == "base" else f"toyworld_{mode}.yaml")).read_text("utf-8")
+    text = (FOLDER / f"toyworld_{mode}.yaml").read_text("utf-8")
     expected = ["right", *(row["task"] for row in ROWS if row["mode"] == mode)]
     if mode == "web":
         expected += page_checks("screen", "", "") | {"html name": False}

@@ -16,13 +16,14 @@ pytest.importorskip("lmms_eval", reason="runs in an environment of its own: make
 from toyworld.evaluate import Way, evaluate  # noqa: E402
 
 SCENES = 2  # of each task
-MODES = {"toyworld": "base", "toyworld_web": "web", "toyworld_write": "write"}
+MODES = ("base", "web", "write")
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_the_command_scores_what_evaluate_scores(tmp_path, name):
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_scores_what_evaluate_scores(tmp_path, mode):
+    name = f"toyworld_{mode}"
     rows = [json.loads(line) for line in (REPO / "toyworld" / "lmms" / "tasks.jsonl").read_text("utf-8").splitlines()]
-    tasks = [row["task"] for row in rows if row["mode"] == MODES[name]]
+    tasks = [row["task"] for row in rows if row["mode"] == mode]
     command = [
         sys.executable, "-m", "lmms_eval", "--model", "xcomposer2d5", "--model_args", "pretrained=demo,use_meta=False",
         "--include_path", "toyworld/lmms", "--tasks", name, "--batch_size", "8", "--limit", str(SCENES * len(tasks)),

@@ -298,3 +298,33 @@ def test_http_refuses_and_lives_on(server, media, transformers_says):
     assert ask(server, text["text"], model=quote("no such model"))[0] == 404
     content = content_of(BODIES["image"], media["image"]["images"])
     assert ask(server, content) == (200, transformers_says["base", "image"])
+
+
+# ------------------------------------------------------------------------------------------------------------- plug-in
+
+
+def test_the_plug_in_may_be_called_again_and_leaves_other_models_alone():
+    from types import SimpleNamespace
+
+    from vllm import ModelRegistry
+    from vllm.config import ModelConfig
+
+    from xcomposer.serving import plugin
+
+    plugin.register()
+    methods = {name: getattr(ModelConfig, name) for name in plugin.METHODS}
+    plugin.register()
+    assert methods == {name: getattr(ModelConfig, name) for name in plugin.METHODS}
+    assert all(not hasattr(method.__wrapped__, "__wrapped__") for method in methods.values())
+    assert plugin.ARCHITECTURE in ModelRegistry.get_supported_archs()
+    seen = []
+
+    class Config:
+        hf_config = SimpleNamespace(model_type="llama")
+
+        def library(self, length):
+            seen.append(length)
+            return length
+
+    plugin.extend(Config, "library", lambda *_: pytest.fail("ours was asked about another family's model"))
+    assert Config().library(7) == 7 and seen == [7]

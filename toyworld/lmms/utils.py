@@ -1,7 +1,7 @@
 """The toy world as tasks of lmms-eval: the scenes, questions and marks of `python -m toyworld.evaluate`.
 
     python -m lmms_eval --model xcomposer2d5 --model_args pretrained=demo,use_meta=False \\
-        --include_path toyworld/lmms --tasks toyworld,toyworld_web,toyworld_write --batch_size 25
+        --include_path toyworld/lmms --tasks 'toyworld_*' --batch_size 25
 
 Run from the clone's root. Nothing is downloaded: a document is a task's name and a scene's number, and pictures are
 drawn when they are asked for. `--limit N` takes as many scenes of each task as N holds.
