@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from .prompting_internlm_xcomposer2 import (
     CHAT_SYSTEM,
     SYSTEM_TEXTS,
     TURN_CLOSE,
+    TURN_OPEN,
     Prompt,
     chat_prompt,
     cut_answer,
@@ -149,7 +151,27 @@ class ConversationMixin:
                 f"tokenizer is {short(tokenizer)}; pass the checkpoint's, AutoTokenizer.from_pretrained(path), first, "
                 f"then the query"
             )
+        if isinstance(tokenizer, PreTrainedTokenizerBase):  # others say by being passed that they know
+            self._check_vocabulary(tokenizer)
         return tokenizer
+
+    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise a ValueError for another model's tokenizer: its ids would mean other words, and nothing would stop."""
+        rows = self.config.text_config.vocab_size
+        unknown = (None, tokenizer.unk_token_id)
+        lacking = [token for token in (TURN_OPEN, TURN_CLOSE) if tokenizer.convert_tokens_to_ids(token) in unknown]
+        if lacking:
+            raise ValueError(f"the tokenizer has no {' and no '.join(lacking)}: it is another model's; use this one's")
+        if tokenizer.convert_tokens_to_ids(TURN_OPEN) >= rows:
+            raise ValueError(
+                f"the tokenizer's {TURN_OPEN} has id {tokenizer.convert_tokens_to_ids(TURN_OPEN)}, but the model has "
+                f"{rows} tokens: it is another model's; use this one's"
+            )
+        if tokenizer.bos_token_id != self.config.bos_token_id:
+            raise ValueError(
+                f"the tokenizer begins texts with id {tokenizer.bos_token_id}, the model with "
+                f"{self.config.bos_token_id}: it is another model's; use this one's"
+            )
 
     def _system(
         self, use_meta: bool, meta_instruction: str | None, released: str = CHAT_SYSTEM, always: bool = True

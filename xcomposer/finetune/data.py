@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from xcomposer.finetune.formats import BadRow, Row
-from xcomposer.model.ixc_utils import BAND, get_font, load_media
+from xcomposer.model.ixc_utils import BAND, check_count, get_font, load_media
 from xcomposer.model.prompting_internlm_xcomposer2 import (
     IGNORE_INDEX,
     TURN_CLOSE,
@@ -47,13 +47,19 @@ class Encoder:
         hd_num: most tiles of a picture, for rows that do not say; None: 18 for a row's only picture, 6 each for more.
         num_frm: most frames of a video.
         max_length: longest sequence in tokens; None: the model's.
+
+    Raises:
+        ValueError: a number below 1.
     """
 
     def __init__(self, config, tokenizer, hd_num: int | None = None, num_frm: int = 32, max_length: int | None = None):
         self.tokenize = tokenize_with(tokenizer)
         self.layout, self.tile = config.layout, config.tile
         self.image_token_id, self.pad_token_id = config.image_token_id, tokenizer.pad_token_id
-        self.max_length = max_length or config.context_length
+        for name, value in (("hd_num", hd_num), ("num_frm", num_frm), ("max_length", max_length)):
+            if value is not None:  # 0 is a number to refuse, not a default to ask for
+                check_count(name, value, "leave it out for the default")
+        self.max_length = config.context_length if max_length is None else max_length
         self.hd_num, self.num_frm = hd_num, num_frm
         self.header = self.tokenize(f"{TURN_OPEN}assistant\n", False)
         self.close_id = tokenizer.convert_tokens_to_ids(TURN_CLOSE)

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xcomposer.model.prompting_internlm_xcomposer2 import IMAGE_MARK, ROLES
+from xcomposer.model.prompting_internlm_xcomposer2 import IMAGE_MARK, ROLES, short
 
+MOST_ROWS = 100_000_000  # of a file in a list: more would fill memory before the first is read
 FORMATS = ("conversations", "messages", "query")
 INLINE = re.compile(rf"<img>(.*?)</img>|{IMAGE_MARK}", re.DOTALL)
 ADDRESS = re.compile(r"data:|[A-Za-z][\w+.-]*://")
@@ -123,7 +124,7 @@ def text_of(content: Any, role: str, media: Media) -> str:
             text += item["text"]
             continue
         if kind not in ("image", "image_url", "video", "video_url"):
-            raise ValueError(f"a content item of type {kind!r}; use text, image or video")
+            raise ValueError(f"a content item of type {short(kind)}; use text, image or video")
         source = next((item[key] for key in (kind, kind[:5], "url", "path") if item.get(key) is not None), None)
         media.take_given(kind[:5]) if source is None else media.take(source)
         text += IMAGE_MARK
@@ -147,7 +148,9 @@ def raw_turns(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "user", asked
             yield "assistant", said
     else:
-        raise ValueError(f"unknown format: none of {', '.join(FORMATS)} among its keys {sorted(record)}")
+        raise ValueError(
+            f"unknown format: none of {', '.join(FORMATS)} among its keys {short(sorted(map(str, record)))}"
+        )
 
 
 def row_of(record: Any, name: str = "a row", folders: Iterable[Path] = ()) -> Row:
@@ -168,14 +171,14 @@ def row_of(record: Any, name: str = "a row", folders: Iterable[Path] = ()) -> Ro
     try:
         for role, content in raw_turns(record):
             if role not in ROLE_NAMES:
-                raise ValueError(f"unknown role {role!r}; use one of {sorted(ROLE_NAMES)}")
+                raise ValueError(f"unknown role {short(role)}; use one of {sorted(ROLE_NAMES)}")
             turns.append((ROLE_NAMES[role], text_of(content, ROLE_NAMES[role], media)))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not as its format has it ({type(error).__name__}: {error})") from error
+        raise ValueError(f"not as its format has it ({type(error).__name__}: {short(str(error))})") from error
     check_turns(turns)
     hd_num = record.get("hd_num")
     if hd_num is not None and (isinstance(hd_num, bool) or not isinstance(hd_num, int) or hd_num < 1):
-        raise ValueError(f"hd_num is {hd_num!r}, but must be an integer of 1 or more")
+        raise ValueError(f"hd_num is {short(hd_num)}, but must be an integer of 1 or more")
     return Row(turns, media.rest(), hd_num, name)
 
 
@@ -196,25 +199,39 @@ def check_turns(turns: list[tuple[str, str]]) -> None:
             raise ValueError(f"turn {number} holds {found[0]}, which the prompt itself is made of")
 
 
+def read_text(path: Path) -> str:
+    """A file's text in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: no such file, or none that can be read. ValueError: it is no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it as such") from error
+
+
 def read_records(path: Path) -> list[Any]:
     """The records of one JSON or JSONL file, by content.
 
     Raises:
         FileNotFoundError: no such file. ValueError: neither JSON nor JSONL; says where both stop.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     try:
         records = json.loads(text)
         return records if isinstance(records, list) else [records]
-    except json.JSONDecodeError as whole:
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON nested too deeply to read") from error
+    except ValueError as whole:  # also a number of more digits than Python reads
         records = []
         for number, line in enumerate(text.splitlines(), start=1):
             try:
                 if line.strip():
                     records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}: unknown format; tried JSON ({whole}), JSON lines (line {number}: {error.msg}) and, for "
+                    f"{path}: unknown format; tried JSON ({whole}), JSON lines (line {number}: {error}) and, for "
                     f"files named .txt, a list of files"
                 ) from error
         return records
@@ -226,17 +243,21 @@ def listed_files(path: Path) -> Iterator[tuple[Path, int | None]]:
     Raises:
         ValueError: a line that is not a file name and a number.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         line = line.split("#")[0].strip()
         if not line:
             continue
         name, _, count = line.rpartition(" ")
         try:
-            rows = round(float(count) * 1000) if name else None
+            rows = float(count) * 1000 if name else None
         except ValueError:
             name, rows = line, None
-        if rows is not None and rows < 1:
-            raise ValueError(f"{path} line {number}: {count} thousand rows; a count in thousands must be above 0")
+        if rows is not None and not 0.5 < rows <= MOST_ROWS:  # NaN fails too
+            raise ValueError(
+                f"{path} line {number}: {short(count)} thousand rows; a count in thousands must be above 0 and at most "
+                f"{MOST_ROWS // 1000}"
+            )
+        rows = None if rows is None else round(rows)
         yield Path(locate(name.strip() or line, [path.parent, Path()])), rows
 
 
@@ -253,6 +274,8 @@ def read_rows(path: str | Path, image_folder: str | Path | None = None, seed: in
     if path.suffix == ".txt":
         rows = []
         for index, (file, count) in enumerate(listed_files(path)):
+            if file.suffix == ".txt":
+                raise ValueError(f"{path} lists {file}, which is a list itself; name its files here")
             whole = read_rows(file, image_folder, seed)
             count = len(whole) if count is None else count
             picked = random.Random(f"{seed} {index}").sample(range(len(whole)), count % len(whole))

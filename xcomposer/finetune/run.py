@@ -25,6 +25,7 @@ from xcomposer.finetune import modes
 from xcomposer.finetune.data import Checked, Collator, Encoder, RowDataset, check_rows
 from xcomposer.finetune.formats import read_rows
 from xcomposer.finetune.training import Arguments, IXCTrainer
+from xcomposer.model.ixc_utils import check_count
 
 RUN_FILE = "run.json"
 # What must stay the same for a resumed run to be the one that was begun.
@@ -67,6 +68,11 @@ class Settings:
     start: str | None = field(default=None, metadata={"help": "LoRA or adapter to begin from (a folder)."})
 
     def __post_init__(self):
+        for name in ("hd_num", "num_frm", "max_length", "lora_rank", "lora_alpha", "task_rank"):
+            if getattr(self, name) is not None:
+                check_count(f"--{name}", getattr(self, name), "leave it out for the default")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout is {self.lora_dropout}, but must be 0 or more and below 1")
         if self.mode not in modes.MODES:
             raise ValueError(f"unknown --mode {self.mode!r}; use one of {', '.join(modes.MODES)}")
         if (self.mode == "adapter") != (self.task is not None):
