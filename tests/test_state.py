@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import MARK
-from test_reuse import bytes_held, counting, fresh, picture, recomputing, recording
+from test_reuse import bytes_held, counting, fresh, picture, prompt_tokens, recomputing, recording
 
 from xcomposer.checkpoints import tiny
 
@@ -124,12 +124,13 @@ def test_rows_of_a_batch_are_kept_to_where_each_stopped(model):
     queries, images = ["what is it ?", "red or small ?"], [[picture(0)], [picture(1)]]
     with recording(model) as rows:
         model.batch_chat(None, queries, images, **GREEDY)
-    (first, second) = rows[0]
+    first, second = rows[0]
     stop = next(token for token in first if token not in second)
     model.reuse.clear()
-    _, histories = model.batch_chat(None, queries, images, eos_token_id=stop, **GREEDY)
-    model.batch_chat(None, ["why ?"] * 2, images, histories, **GREEDY)
-    assert len(model.reuse._prefixes) == 2  # continued, not copied
+    model.batch_chat(None, queries, images, eos_token_id=stop, **GREEDY)
+    prompts = [prompt_tokens(model, query, [], image) for query, image in zip(queries, images, strict=True)]
+    kept = [len(prefix.key) for prefix in model.reuse._prefixes]
+    assert kept == [prompts[0] + first.index(stop), prompts[1] + len(second) - 1]
 
 
 def test_room_for_one_is_not_room_for_two(model):
