@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from transformers import CLIPVisionConfig, PretrainedConfig
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_flash_attn_2_available, is_kernels_available, logging
 
 from .ixc_utils import TILINGS, PictureLayout
 from .kinds_internlm_xcomposer2 import (
@@ -405,7 +405,8 @@ class InternLMXcomposer2Config(PretrainedConfig):
             if not _is_int(getattr(self, name), 0) or getattr(self, name) >= vocab_size:
                 raise ValueError(f"{name} ({getattr(self, name)}) lies outside the vocabulary of {vocab_size}")
 
-        if kwargs.get("attn_implementation") == "flash_attention_2" and not is_flash_attn_2_available():
+        flash = is_flash_attn_2_available() or is_kernels_available()  # the model sees whether a kernel can be loaded
+        if kwargs.get("attn_implementation") == "flash_attention_2" and not flash:
             logger.warning_once("flash-attn is asked for but not installed: attention runs on PyTorch's SDPA.")
             kwargs["attn_implementation"] = "sdpa"
         super().__init__(**kwargs)

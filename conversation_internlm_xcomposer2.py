@@ -35,7 +35,7 @@ from .prompting_internlm_xcomposer2 import (
     tokenize_with,
 )
 from .reuse_internlm_xcomposer2 import ReuseStore, digest
-from .settings_internlm_xcomposer2 import as_ids, check_settings
+from .settings_internlm_xcomposer2 import check_settings
 from .threads_internlm_xcomposer2 import ComputeLock, seeded, takes_turns
 
 logger = logging.get_logger(__name__)
@@ -361,7 +361,7 @@ class ConversationMixin:
                 f"and finds what it has computed before by itself"
             )
         stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_CLOSE)]
-        stops += as_ids(settings.pop("stop_token_ids", None))
+        stops += settings.pop("stop_token_ids", [])
         most, least = settings.pop("max_length", None), settings.pop("min_length", None)
         if most is not None or "max_new_tokens" not in settings:
             room = max(1, (self.config.context_length if most is None else most) - length)

@@ -18,7 +18,13 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import (
+    TransformersKwargs,
+    can_return_tuple,
+    is_flash_attn_2_available,
+    is_kernels_available,
+    logging,
+)
 
 from .build_mlp import VisionTower, build_projector, end_rows, join_tiles, merge_patches
 from .cache_internlm_xcomposer2 import GrowingCache
@@ -30,9 +36,11 @@ from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
-from .settings_internlm_xcomposer2 import check_settings, config_settings
+from .settings_internlm_xcomposer2 import SETTINGS, check_settings, config_settings
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 from .threads_internlm_xcomposer2 import ComputeLock
+
+logger = logging.get_logger(__name__)
 
 # Arguments of `generate` that bring or choose a cache.
 OTHER_CACHES = ("past_key_values", "cache_implementation", "assistant_model", "is_assistant")
@@ -59,6 +67,24 @@ class InternLMXComposer2PreTrainedModel(QuantisationMixin, CheckedLoadingMixin, 
         r"rotary_emb\.inv_freq$",
         r"\.task_[AB]\.",
     ]
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """transformers', which takes the hub's build of flash-attn where only the package `kernels` is installed.
+
+        Releases ask for flash-attn in their config: a build that cannot be loaded here is no reason to fail.
+        """
+        asked = attn_implementation == "flash_attention_2" and not is_flash_attn_2_available()
+        if not (asked and is_kernels_available()):
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        try:
+            if not torch.accelerator.is_available():
+                raise OSError("there is no GPU")
+            found = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        except Exception as error:  # whatever a download, a driver or a missing build may raise
+            logger.warning_once(f"the hub's flash-attn cannot be loaded ({error}): attention runs on PyTorch's SDPA.")
+            found = "sdpa"
+        self.config._attn_implementation = found  # and of its parts, which would ask again
+        return found
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -406,8 +432,9 @@ class InternLMXComposer2ForCausalLM(
             ValueError: a setting of a wrong kind or out of its range, see `SETTINGS`.
         """
         check_settings({"generation_config": generation_config})
-        check_settings(config_settings(generation_config))
-        kwargs = check_settings(kwargs)
+        check_settings(config_settings(generation_config), self.config.vocab_size)
+        kwargs = check_settings(kwargs, self.config.vocab_size)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in SETTINGS}
         if im_mask is not None:
             kwargs["mm_token_type_ids"] = im_mask.long()
         said = config_settings(self.generation_config) | config_settings(generation_config) | kwargs

@@ -98,11 +98,12 @@ def check_history(history: Iterable | None) -> list[tuple[str, str]]:
     Raises:
         ValueError: an entry of another shape; says which.
     """
-    if isinstance(history, str | bytes | dict) or not isinstance(history or (), Iterable):
+    history = () if history is None else history
+    if isinstance(history, str | bytes | dict) or not isinstance(history, Iterable):
         kind = type(history).__name__
         raise ValueError(f"history must be a list of (query, answer) pairs, got {kind}: {short(history)}")
-    pairs = []
-    for index, entry in enumerate(history or ()):
+    pairs: list = []
+    for index, entry in enumerate(history):
         if isinstance(entry, str | bytes | dict) or not isinstance(entry, Sequence) or len(entry) != 2:
             raise ValueError(f"history[{index}] must be a (query, answer) pair of text, got {short(entry)}")
         if not all(isinstance(part, str) for part in entry):

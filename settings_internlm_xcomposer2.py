@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WatermarkingConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
@@ -25,7 +25,14 @@ MOST_SEED = 2**63 - 1
 COLDEST = 1e-6  # logits divided by less overflow
 
 # What a conversation passes to `generate` itself, and what has no meaning beside it.
-OWN_INPUTS = ("inputs", "custom_generate", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask")
+OWN_INPUTS = (
+    "inputs",
+    "guidance_scale",
+    "custom_generate",
+    "synced_gpus",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
 
 # Fields of a generation config that are none of the caller's wishes, or the conversation's own.
 NOT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")
@@ -81,12 +88,12 @@ def _read_flag(value: Any) -> bool:
     return bool(value)
 
 
-def _read_token_ids(value: Any) -> Any:
+def _read_token_ids(value: Any) -> list[int]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     ids = list(value) if isinstance(value, list | tuple | set | range) else [value]
     _require(len(ids) > 0 and all(not isinstance(token, bool) and operator.index(token) >= -1 for token in ids))
-    return value if isinstance(value, int) else [operator.index(token) for token in ids]
+    return [operator.index(token) for token in ids]
 
 
 def _read_words_ids(value: Any) -> list[list[int]]:
@@ -96,15 +103,28 @@ def _read_words_ids(value: Any) -> list[list[int]]:
     return words
 
 
+def _read_bias(value: Any) -> Any:
+    pairs = value.items() if isinstance(value, dict) else value
+    for ids, bias in pairs:
+        _require(bool(ids) and all(operator.index(token) >= 0 for token in ids))
+        real(-math.inf).read(bias)
+    return value
+
+
+def _read_watermark(value: Any) -> Any:
+    value = WatermarkingConfig(**value) if isinstance(value, dict) else value
+    value.construct_processor  # noqa: B018 - whatever has it is one
+    return value
+
+
+def _read_early_stopping(value: Any) -> Any:
+    return value if isinstance(value, str) and value == "never" else _read_flag(value)
+
+
 def _read_stop_strings(value: Any) -> list[str]:
     strings = [value] if isinstance(value, str) else list(value)
     _require(len(strings) > 0 and all(isinstance(string, str) and string for string in strings))
     return strings
-
-
-def _read_streamer(value: Any) -> Any:
-    _require(callable(getattr(value, "put", None)) and callable(getattr(value, "end", None)))
-    return value
 
 
 def _read_callables(value: Any) -> Any:
@@ -112,14 +132,22 @@ def _read_callables(value: Any) -> Any:
     return value
 
 
-def _read_text(value: Any) -> str:
-    _require(isinstance(value, str))
+def _read_name(value: Any) -> str:
+    _require(isinstance(value, str) and len(value) < 200)
     return value
 
 
 def _read_decay(value: Any) -> Any:
     start, factor = value
     return whole(0, MOST_TOKENS).read(start), real(0.001, 1000).read(factor)
+
+
+def having(*methods: str) -> Rule:
+    def read(value: Any) -> Any:
+        _require(all(callable(getattr(value, name, None)) for name in methods))
+        return value
+
+    return Rule(f"an object that has the methods {' and '.join(methods)}", read)
 
 
 def instance_of(kind: type, remedy: str = "") -> Rule:
@@ -158,6 +186,8 @@ SETTINGS: dict[str, Rule] = {
     # How a token is chosen
     "do_sample": FLAG,
     "num_beams": whole(1, MOST_ROWS),
+    "num_beam_groups": whole(1, MOST_ROWS),
+    "early_stopping": Rule("True, False or 'never'", _read_early_stopping),
     "temperature": real(0.0),
     "top_p": SHARE,
     "top_k": COUNT,
@@ -180,7 +210,11 @@ SETTINGS: dict[str, Rule] = {
     "remove_invalid_values": FLAG,
     "logits_processor": CALLABLES,
     "stopping_criteria": CALLABLES,
+    "prefix_allowed_tokens_fn": having("__call__"),
+    "sequence_bias": Rule("pairs of token ids and a number, in a dict or a list", _read_bias),
+    "watermarking_config": Rule("a WatermarkingConfig, or a dict with its fields", _read_watermark),
     "guidance_scale": real(0.0, 1000),
+    "penalty_alpha": real(0.0, 1.0),
     "seed": whole(-1, MOST_SEED),
     # How it is computed
     "use_cache": FLAG,
@@ -190,20 +224,21 @@ SETTINGS: dict[str, Rule] = {
     "prompt_lookup_num_tokens": whole(1, 1024),
     "max_matching_ngram_size": whole(1, 1024),
     "num_assistant_tokens": whole(1, 1024),
+    "assistant_model": having("generate"),
     "assistant_confidence_threshold": SHARE,
     "assistant_early_exit": refused(
         "this model has not been trained to leave its layers early; use prompt_lookup_num_tokens or assistant_model"
     ),
     "token_healing": FLAG,
     # What comes back
-    "streamer": Rule("an object with the methods put and end", _read_streamer),
+    "streamer": having("put", "end"),
     "return_dict_in_generate": FLAG,
     "output_scores": FLAG,
     "output_logits": FLAG,
     "output_attentions": FLAG,
     "output_hidden_states": FLAG,
     # The conversation's
-    "infer_mode": Rule("the name of a mode or of a task adapter, such as 'base'", _read_text),
+    "infer_mode": Rule("the name of a mode or of a task adapter, such as 'base'", _read_name),
     "use_meta": FLAG,
     "escape_control_tokens": FLAG,
     "hd_num": whole(1, MOST_TILES),
@@ -214,8 +249,15 @@ SETTINGS: dict[str, Rule] = {
 }
 
 
-def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+# Settings of token ids that index the scores.
+OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids")
+
+
+def check_settings(given: Mapping[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
     """Settings as `generate` takes them; None means that one is not given, and a name without a rule passes.
+
+    Args:
+        vocab_size: where it is known, token ids must lie below.
 
     Raises:
         ValueError: names the setting, its value, and what it takes.
@@ -227,8 +269,12 @@ def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             settings[name] = rule.read(value)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"{name} is {short(value)}; it takes {rule.wants}") from error
+    for name in OF_TOKENS if vocab_size is not None else ():
+        ids = [token for entry in settings.get(name) or () for token in (entry if isinstance(entry, list) else [entry])]
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise ValueError(f"{name} is {short(given[name])}; token ids go from 0 to {vocab_size - 1} here")
     temperature = settings.get("temperature")
     if settings.get("do_sample") and temperature is not None and temperature < COLDEST:
         raise ValueError(
@@ -246,18 +292,13 @@ def config_settings(config: GenerationConfig | None) -> dict[str, Any]:
 
 def check_names(names: Iterable[str]) -> None:
     """Raise a ValueError for a name that is no setting of `generate`, or that a conversation sets by itself."""
-    arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs", *OWN_INPUTS}
-    known = {*vars(GenerationConfig()), *arguments, *SETTINGS, "assistant_tokenizer"}
+    arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    known = {*vars(GenerationConfig()), *arguments, *SETTINGS, "assistant_tokenizer"} - set(OWN_INPUTS)
     for name in names:
         if name not in known:
             near = get_close_matches(name, sorted(known), 1)
             hint = f"did you mean {near[0]}?" if near else "see transformers' GenerationConfig for those there are"
             raise ValueError(f"{short(name)} is no setting of this method; {hint}")
-
-
-def as_ids(value: int | list[int] | None) -> list[int]:
-    """Token ids as a list."""
-    return [] if value is None else [value] if isinstance(value, int) else value
 
 
 def merged_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,17 +313,18 @@ def merged_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> di
     check_names(given)
     given = {name: value for name, value in check_settings(given).items() if value is not None}
     config = check_settings(config_settings(given.pop("generation_config", None)))
-    stops = as_ids(config.get("eos_token_id"))
+    stops = config.get("eos_token_id")
     config = {name: value for name, value in config.items() if name not in NOT_SETTINGS}
+    check_names(config)
     said = {**config, **given}
     if "max_length" in said and "max_new_tokens" not in said:
         defaults = {name: value for name, value in defaults.items() if name != "max_new_tokens"}
-    settings = check_settings({**defaults, **said})
+    settings = check_settings({name: value for name, value in {**defaults, **said}.items() if value is not None})
     if not settings.get("do_sample"):  # transformers warns about sampling settings that have no effect
         settings = {name: value for name, value in settings.items() if name not in OF_SAMPLING}
     GenerationConfig(**{name: value for name, value in settings.items() if name in vars(GenerationConfig())})
     if stops:
-        settings["stop_token_ids"] = [*as_ids(settings.get("stop_token_ids")), *stops]
+        settings["stop_token_ids"] = [*settings.get("stop_token_ids", ()), *stops]
     return settings
 
 

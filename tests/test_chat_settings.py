@@ -144,6 +144,16 @@ def test_the_page_methods_keep_the_releases_order_of_arguments(model, name):
     assert list(inspect.signature(getattr(model, name)).parameters)[:10] == [*order, "use_meta", "task"]
 
 
+def test_an_article_may_take_what_max_length_leaves(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda **kw: seen.append(kw) or torch.tensor([[2]]))
+    model.write_artical("hi")
+    prompt = len(model.tokenizer(f"{OPEN}user\nhi{CLOSE}\n{OPEN}assistant\n").input_ids)
+    assert seen[-1]["max_new_tokens"] == 8192 - prompt
+    model.chat(None, "hi", max_new_tokens=None)
+    assert seen[-1]["max_new_tokens"] == 1024
+
+
 def test_settings_by_position(model):
     assert model.write_webpage("a", None, 2, False, 1, 1.0, 3.0, 5, False, "task", None) == model.write_webpage(
         "a", max_new_tokens=2, do_sample=False, num_beams=1, output_path=None

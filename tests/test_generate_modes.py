@@ -230,3 +230,34 @@ def test_adapters_of_a_sharded_model_are_not_lazy(tiny_checkpoint, monkeypatch):
     for sharded in ({"tp_plan": "auto"}, {"tp_size": 2}, {"distributed_config": object()}, {"device_mesh": object()}):
         code.from_pretrained(tiny_checkpoint, **sharded)
     assert built == [None] * 4
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_flash_attention_of_the_hub(tiny_checkpoint, monkeypatch, loads):
+    """Where only `kernels` is installed: its build if it can be loaded ("eager" stands for it here), else SDPA."""
+    code = type(load(tiny_checkpoint))
+    package = code.__module__.rsplit(".", 1)[0]
+    for name in ("configuration_internlm_xcomposer2", "modeling_internlm_xcomposer2"):
+        monkeypatch.setattr(sys.modules[f"{package}.{name}"], "is_kernels_available", lambda: True)
+        monkeypatch.setattr(sys.modules[f"{package}.{name}"], "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    check, asked = PreTrainedModel._check_and_adjust_attn_implementation, []
+
+    def checked(self, attn_implementation, *args, **kwargs):
+        if attn_implementation != "flash_attention_2":
+            return check(self, attn_implementation, *args, **kwargs)
+        asked.append(type(self).__name__)
+        if not loads:
+            raise OSError("offline")
+        return "eager"
+
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", checked)
+    model = code.from_pretrained(tiny_checkpoint)
+    found = "eager" if loads else "sdpa"
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        assert config._attn_implementation == found
+    assert asked == ["InternLMXComposer2ForCausalLM"]
+    assert model.generate(torch.full((1, 5), 400), max_new_tokens=2, do_sample=False).shape == (1, 7)
