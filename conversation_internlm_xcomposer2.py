@@ -488,7 +488,7 @@ class ConversationMixin:
                 infer_mode=infer_mode,
                 **settings,
             )
-        stops = as_ids(settings["eos_token_id"])
+        stops = settings["eos_token_id"]
         copies = len(batch.layers[0].keys) // len(lengths)
         for i, (conversation, start) in enumerate(zip(conversations, starts, strict=True)):
             if stamp is not None and self._may_reuse(lengths[i]):
