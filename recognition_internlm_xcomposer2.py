@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils import CONFIG_NAME, cached_file
 
-from .kinds_internlm_xcomposer2 import kind_of
+from .kinds_internlm_xcomposer2 import kind_of, kind_text_fields
 from .weight_files_internlm_xcomposer2 import Misfit, NoWeights, Stored, WeightFiles, count, read_json, some
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
@@ -34,6 +34,7 @@ HUB = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "force
 
 ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
 VIT = "vit.vision_tower.vision_model."
+POSITIONS = VIT + "embeddings.position_embedding.weight"
 HEADS = {"output.weight": "vocabulary", "score.weight": "score"}
 PACKED = {".linear.qweight": "GPTQ", ".qweight": "AWQ"}  # 4-bit layouts by the end of a name, the longer first
 # Relatives whose weights another architecture reads: a part of a name, and what it is.
@@ -92,7 +93,7 @@ def decoder_facts(tensors: Tensors, heads: Any) -> list[Fact]:
     if shape := _shape(tensors, name, 2):
         facts.append(Fact("text", "intermediate_size", shape[0], name))
     if layers := layer_count(tensors, "model.layers."):
-        facts.append(Fact("text", "num_hidden_layers", layers, f"model.layers.{layers - 1}"))
+        facts.append(Fact("text", "num_hidden_layers", layers, "model.layers.*"))
     name = "model.layers.0.attention.wqkv.weight"
     shape = _shape(tensors, name, 2)
     if shape and isinstance(heads, int) and heads > 0 and shape[1] % heads == 0:
@@ -110,11 +111,10 @@ def vision_facts(tensors: Tensors) -> list[Fact]:
     if embedding:
         width, _, _, patch = embedding
         facts += [Fact("vision", "hidden_size", width, name), Fact("vision", "patch_size", patch, name)]
-        positions = VIT + "embeddings.position_embedding.weight"
-        if rows := _shape(tensors, positions, 2):
+        if rows := _shape(tensors, POSITIONS, 2):
             side = math.isqrt(max(rows[0] - 1, 0))
             if side and side**2 + 1 == rows[0]:
-                facts.append(Fact("vision", "image_size", side * patch, positions))
+                facts.append(Fact("vision", "image_size", side * patch, POSITIONS))
         projector = "vision_proj.0.weight"
         if shape := _shape(tensors, projector, 2):
             merge = math.isqrt(shape[1] // width)
@@ -126,7 +126,7 @@ def vision_facts(tensors: Tensors) -> list[Fact]:
     if shape := _shape(tensors, name, 2):
         facts.append(Fact("vision", "intermediate_size", shape[0], name))
     if layers := layer_count(tensors, VIT + "encoder.layers."):
-        facts.append(Fact("vision", "num_hidden_layers", layers, f"{VIT}encoder.layers.{layers - 1}"))
+        facts.append(Fact("vision", "num_hidden_layers", layers, VIT + "encoder.layers.*"))
     return facts
 
 
@@ -195,6 +195,14 @@ def signs_of(facts: list[Fact]) -> dict[str, Any]:
     return {sign: value for sign, value in signs.items() if value is not None}
 
 
+def _scale_alpha(text: dict[str, Any], field: str, rank: int, of_kind: Mapping[str, Any]) -> None:
+    """Alpha is not in the weights: where nobody states it, a rank gets the kind's own scale."""
+    alpha = field.removesuffix("rank") + "alpha"
+    if text.get(alpha) is None:
+        scale = of_kind.get(alpha, of_kind["plora_alpha"]) / of_kind.get(field, of_kind["plora_rank"])
+        text[alpha] = int(scale * rank) if scale == int(scale) else scale * rank
+
+
 def complete(fields: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], list[str]]:
     """`fields` of a `config.json` with what they leave out, and where they and the weights contradict each other.
 
@@ -221,10 +229,15 @@ def complete(fields: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any
         stated = sections[section].get(field)
         if section == "vision" and field == "image_size" and stated is None and fields.get("img_size") is not None:
             section, field, stated = "", "img_size", fields["img_size"]
+        if field.startswith("plora_") and stated is None:
+            _scale_alpha(text, field, value, kind_text_fields(kind))
         if stated is None or (field == "task_adapter_ranks" and stated == [] and not value):
             sections[section][field] = value
         elif stated != value:
-            faults.append(f"{labels[section]}{field} is {stated!r}, but the weights have {value!r} ({source})")
+            faults.append(f"{labels[section]}{field} is {stated!r}, but {source} gives {value!r}")
+    positions = _shape(tensors, POSITIONS, 2)
+    if positions and math.isqrt(max(positions[0] - 1, 0)) ** 2 + 1 != positions[0]:
+        faults.append(f"{POSITIONS} has {positions[0]} rows, which is no square of patches and a class token")
     if vision:
         fields["vision_config"] = vision
     return {**fields, "kind": kind}, faults

@@ -310,8 +310,6 @@ def quantised(weights):
 @pytest.mark.parametrize(
     "change, name",
     [
-        (vl, "this is InternLM-XComposer2-VL (one picture of 490 px"),
-        (four_khd, "this is InternLM-XComposer2-4KHD (tiles of 336 px, partial LoRA of rank 2 in wqkv and 4 else"),
         (text_only, "this is a text-only InternLM2"),
         (quantised, "quantised (GPTQ or AWQ)"),
     ],
@@ -321,6 +319,24 @@ def test_siblings_are_told_apart(folder, capsys, change, name):
     edit_weights(folder, change)
     message = refused(folder, capsys)
     assert name in message and "this code" in message
+
+
+@pytest.mark.parametrize(
+    "change, title, fields",
+    [
+        (vl, "InternLM-XComposer2-VL in ", {"kind": "xcomposer2-vl"}),
+        (four_khd, "InternLM-XComposer2-4KHD in ", {"kind": "xcomposer2-4khd", "plora_wqkv_alpha": 4}),
+    ],
+)
+def test_siblings_are_adopted_as_what_they_are(folder, capsys, change, title, fields):
+    as_released(folder)
+    edit_config(folder, ("task_adapter_ranks",))
+    edit_weights(folder, without("lora_sft", "lora_dpo", "lora_web"))
+    edit_weights(folder, change)
+    assert adopt.main([str(folder)]) == 0
+    assert title in capsys.readouterr().out
+    written = json.loads((folder / "config.json").read_text())
+    assert fields.items() <= written.items()
 
 
 def without(*patterns):

@@ -11,7 +11,7 @@ from conftest import BOS_ID, CLOSE, CLOSE_ID, GOLDEN, MARK, OPEN, RecordedTokeni
 from PIL import Image, ImageDraw
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from xcomposer.checkpoints import tiny
+from xcomposer.checkpoints import adopt, inspect, merge, tiny
 from xcomposer.finetune.data import Collator, Encoder
 from xcomposer.finetune.formats import Row
 from xcomposer.model import ixc_utils as pictures
@@ -334,3 +334,20 @@ def test_a_training_row_of_a_kind(kind_folder, kind):
     assert row["input_ids"].count(BOS_ID) == 1
     batch = Collator(encoder)([row])
     assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adopt_inspect_and_merge_take_a_kind(tmp_path, capsys, kind):
+    folder = tiny.write_checkpoint(tmp_path / "release v1.0", kind=kind, code="none", fmt="bin", shards=2)
+    assert inspect.main([str(folder)]) == 0 and KIND_ROWS[kind].title in capsys.readouterr().out
+    assert adopt.main([str(folder)]) == 0
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.kind == kind and KIND_ROWS[kind].title in capsys.readouterr().out
+    if kind not in ("xcomposer2d5", "xcomposer2d5-reward"):
+        model = loaded(folder)
+        assert isinstance(model.chat(None, "What is a tile?", do_sample=False, max_new_tokens=3)[0], str)
+        with pytest.raises(ValueError, match="this checkpoint lacks .* as InternLM-XComposer-2.5 does"):
+            model.write_webpage("A page", output_path=None)
+    if kind != "xcomposer2d5":
+        assert merge.main([str(folder), str(tmp_path / "merged"), "--task", "web"]) == 1
+        assert "it has none" in capsys.readouterr().err

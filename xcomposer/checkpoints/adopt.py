@@ -14,7 +14,6 @@ run changes nothing.
 import argparse
 import copy
 import json
-import math
 import os
 import re
 import shlex
@@ -31,10 +30,19 @@ import torch
 
 from xcomposer.files import CODE, code_files
 from xcomposer.machine import amount, quiet_imports
+from xcomposer.model.kinds_internlm_xcomposer2 import DEFAULT_KIND, KINDS, kind_fields
+from xcomposer.model.recognition_internlm_xcomposer2 import (
+    ADAPTER,
+    HEADS,
+    adapter_ranks,
+    complete,
+    foreign,
+    packed_layout,
+    released_name,
+    vision_facts,
+)
 from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit, Stored, count, read_headers, read_json, some
 
-ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
-VIT = "vit.vision_tower.vision_model."
 OF_THE_CALLER = ("attn_implementation", "_attn_implementation", "auto_map")  # no matter for names and shapes
 CHANGED = {"copy": "copied", "link": "linked", "write": "written"}
 
@@ -81,20 +89,9 @@ class Code:
 
     def __init__(self):
         with quiet_imports():
-            from transformers.core_model_loading import WeightRenaming
-
             from xcomposer.model import configuration_internlm_xcomposer2, modeling_internlm_xcomposer2
 
         self.configuration, self.modeling = configuration_internlm_xcomposer2, modeling_internlm_xcomposer2
-
-        self._inward = [WeightRenaming(released, inside) for released, inside in self.modeling.RENAMINGS]
-        self._outward = [renaming.reverse_transform() for renaming in reversed(self._inward)]
-
-    def released_name(self, name: str) -> str:
-        """The released spelling of a name on disk (the module tree's own names load too)."""
-        for renaming in (*self._inward, *self._outward):
-            name, _ = renaming.rename_source_key(name)
-        return name
 
     def expect(self, fields: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]], set[str], list[str]]:
         """Config, shapes by released name, names that may be absent, patterns to ignore: from the model itself.
@@ -109,17 +106,20 @@ class Code:
             raise Misfit(f"config.json: {error}") from error
         with torch.device("meta"):
             model = self.modeling.InternLMXComposer2ForCausalLM(config)
-        shapes = {self.released_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+        shapes = {released_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+        if config.head == "score":
+            del shapes["output.weight"]
+            shapes["score.weight"] = (1, config.hidden_size)
         tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
         ignorable = sorted(model._keys_to_ignore_on_load_unexpected or ())
-        return config, shapes, {self.released_name(name) for name in tied}, ignorable
+        return config, shapes, {released_name(name) for name in tied}, ignorable
 
 
-def by_released_name(stored: Sequence[Stored], code: Code) -> dict[str, Stored]:
+def by_released_name(stored: Sequence[Stored]) -> dict[str, Stored]:
     table: dict[str, Stored] = {}
     clashes = []
     for tensor in stored:
-        name = code.released_name(tensor.name)
+        name = released_name(tensor.name)
         if name in table:
             clashes.append(f"{table[name].name} and {tensor.name}")
         table[name] = tensor
@@ -130,9 +130,12 @@ def by_released_name(stored: Sequence[Stored], code: Code) -> dict[str, Stored]:
 
 def refuse_foreign(table: Mapping[str, Stored], config: Mapping[str, Any], code: Code) -> None:
     """Raise a Misfit when most tensors are none of this model family's, whatever its sizes."""
-    if any(name.endswith((".qweight", ".qzeros")) for name in table):
+    if packed_layout(table) is not None:
         raise Misfit("the weights are quantised (GPTQ or AWQ); this code loads the bf16 and fp16 releases")
-    known = {re.sub(r"\d+", "N", name) for name in code.expect({})[1]}
+    relative = foreign(table)
+    if relative is not None:
+        raise Misfit(f"this is {relative}; it is not supported by this code")
+    known = {re.sub(r"\d+", "N", name) for name in (*code.expect({})[1], *HEADS)}
     unknown = [t.name for name, t in table.items() if re.sub(r"\d+", "N", name) not in known]
     unknown = [name for name in unknown if not ADAPTER.search(name)]
     if 2 * len(unknown) > len(table):
@@ -141,121 +144,14 @@ def refuse_foreign(table: Mapping[str, Stored], config: Mapping[str, Any], code:
             f"not an InternLM-XComposer-2.5 checkpoint (config.json: {kind}): {len(unknown):,} of "
             f"{count(len(table), 'tensor')} are unknown to this code: {some(unknown)}"
         )
-
-
-def plora_ranks(table: Mapping[str, Stored]) -> dict[str, set[int]]:
-    """Ranks of partial LoRA, by linear."""
-    ranks: dict[str, set[int]] = defaultdict(set)
-    for name, tensor in table.items():
-        if name.endswith(".Plora_A.weight"):
-            ranks[name.split(".")[-3]].add(tensor.shape[0])
-    return ranks
-
-
-def refuse_siblings(table: Mapping[str, Stored]) -> None:
-    """Raise a Misfit that names the release, for relatives whose parameters have these names too."""
-
-    def shape(name: str, rank: int) -> tuple[int, ...] | None:
-        found = table[name].shape if name in table else ()
-        return found if len(found) == rank else None
-
-    instead = "is not supported by this code, which runs InternLM-XComposer-2.5 and the base of 2.5-OL"
     if not any(name.startswith("vit.") or ".Plora_" in name for name in table):
-        raise Misfit(f"this is a text-only InternLM2 (no vision tower, no partial LoRA); it {instead}")
-    patch = shape(VIT + "embeddings.patch_embedding.weight", 4)
-    positions = shape(VIT + "embeddings.position_embedding.weight", 2)
-    projector = shape("vision_proj.0.weight", 2)
-    pixels = math.isqrt(positions[0] - 1) * patch[-1] if patch and positions else 0
-    if patch and projector and projector[1] == patch[0]:
-        name = {224: "InternLM-XComposer2", 490: "InternLM-XComposer2-VL"}.get(pixels, "InternLM-XComposer2 or -VL")
-        raise Misfit(f"this is {name} (one picture of {pixels or 'unknown'} px, no tiles); it {instead}")
-    ranks = plora_ranks(table)
-    others = set().union(*(found for linear, found in ranks.items() if linear != "wqkv"))
-    if len(ranks.get("wqkv", ())) == len(others) == 1 and ranks["wqkv"] != others:
-        raise Misfit(
-            f"this is InternLM-XComposer2-4KHD (tiles of {pixels or 'unknown'} px, partial LoRA of rank "
-            f"{min(ranks['wqkv'])} in wqkv and {min(others)} elsewhere); it {instead}"
-        )
-
-
-# Sizes, and the config they make.
-
-
-def layer_count(table: Mapping[str, Stored], prefix: str) -> int:
-    numbers = [name.removeprefix(prefix).split(".")[0] for name in table if name.startswith(prefix)]
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
-
-
-def decoder_sizes(table: Mapping[str, Stored], heads: int) -> dict[str, tuple[int, str]]:
-    """Config fields of the decoder that the weights tell, each with the tensor it is read from."""
-    first = "model.layers.0."
-    found: dict[str, tuple[int, str]] = {}
-    name = "model.tok_embeddings.weight"
-    if name in table and len(table[name].shape) == 2:
-        for fieldname, size in zip(("vocab_size", "hidden_size"), table[name].shape, strict=True):
-            found[fieldname] = size, name
-    name = first + "feed_forward.w1.weight"
-    if name in table:
-        found["intermediate_size"] = table[name].shape[0], name
-    if layers := layer_count(table, "model.layers."):
-        found["num_hidden_layers"] = layers, "model.layers.*"
-    name = first + "attention.wqkv.weight"
-    if name in table and len(table[name].shape) == 2 and table[name].shape[1] % heads == 0:
-        rows, width = table[name].shape
-        pairs, rest = divmod(rows - width, 2 * (width // heads))
-        if pairs > 0 and not rest:
-            found["num_key_value_heads"] = pairs, name
-    return found
-
-
-def vision_sizes(table: Mapping[str, Stored]) -> dict[str, tuple[int, str]]:
-    """The same of the vision tower.
-
-    Raises:
-        Misfit: the position table is no square and a class token.
-    """
-    found: dict[str, tuple[int, str]] = {}
-    name = VIT + "embeddings.patch_embedding.weight"
-    if name in table and len(table[name].shape) == 4:
-        width, _, _, patch = table[name].shape
-        found["hidden_size"], found["patch_size"] = (width, name), (patch, name)
-        positions = VIT + "embeddings.position_embedding.weight"
-        if positions in table:
-            rows = table[positions].shape[0]
-            side = math.isqrt(max(rows - 1, 0))
-            if side**2 + 1 != rows or not side:
-                raise Misfit(f"{positions} has {rows} rows, which is no square of patches and a class token")
-            found["image_size"] = side * patch, positions
-    name = VIT + "encoder.layers.0.mlp.fc1.weight"
-    if name in table:
-        found["intermediate_size"] = table[name].shape[0], name
-    if layers := layer_count(table, VIT + "encoder.layers."):
-        found["num_hidden_layers"] = layers, VIT + "encoder.layers.*"
-    return found
-
-
-def adapter_ranks(table: Mapping[str, Stored]) -> tuple[int | None, dict[str, int]]:
-    """Rank of partial LoRA and of each task adapter: the commonest, so that a damaged tensor stands out later."""
-    rows: dict[str, Counter] = defaultdict(Counter)
-    for name, tensor in table.items():
-        match = ADAPTER.search(name)
-        if match and match[2] == "A" and tensor.shape:
-            rows[match[1]][tensor.shape[0]] += 1
-    ranks = {adapter: counter.most_common(1)[0][0] for adapter, counter in rows.items()}
-    plora = ranks.pop("Plora", None)
-    return plora, {name.removeprefix("lora_"): rank for name, rank in ranks.items()}
-
-
-def settle(stated: dict[str, Any], found: Mapping[str, tuple[int, str]], section: str, faults: list[str]) -> None:
-    """Add sizes that config.json leaves out to `stated`; where both speak and differ, that is a fault."""
-    for name, (size, source) in found.items():
-        if stated.setdefault(name, size) != size:
-            faults.append(f"{section}{name} is {stated[name]!r}, but {source} gives {size}")
+        raise Misfit("this is a text-only InternLM2 (no vision tower, no partial LoRA); it is not for this code")
 
 
 def settle_adapters(text: dict[str, Any], table: Mapping[str, Stored], faults: list[str], notes: list[str]) -> None:
-    """The same for ranks. Here the weights are right: ranks are this code's fields, not the release's."""
-    plora, task = adapter_ranks(table)
+    """Put the weights' ranks into `text`. Here the weights are right: a release says nothing of ranks."""
+    ranks, task = adapter_ranks(table)
+    plora = Counter(ranks.values()).most_common(1)[0][0] if ranks else None
     stated_rank, stated_alpha = text.get("plora_rank"), text.get("plora_alpha")
     if plora is not None:
         if stated_rank not in (None, plora):
@@ -302,15 +198,14 @@ def complete_config(
             f"config.json: num_attention_heads is {heads!r}, and the weights do not tell it; take config.json from the "
             f"release (the 7B has 32)"
         )
-    settle(text, decoder_sizes(table, heads), "config.json: ", faults)
     settle_adapters(text, table, faults, notes)
 
     stated = fields.get("vision_config") or {}
     if not isinstance(stated, dict):
         raise Misfit(f"config.json: vision_config is {stated!r}, not fields by name")
-    found = vision_sizes(table)
     defaults = code.configuration.VISION_DEFAULTS
-    width = found.get("hidden_size", (defaults["hidden_size"], ""))[0]
+    found = {fact.field: fact.value for fact in vision_facts(table) if fact.section == "vision"}
+    width = found.get("hidden_size", defaults["hidden_size"])
     if width == defaults["hidden_size"]:  # the release says nothing of its tower, which is the default one
         tower = {name: defaults[name] for name in ("intermediate_size", "num_hidden_layers", "num_attention_heads")}
     elif "num_attention_heads" in stated:
@@ -320,10 +215,16 @@ def complete_config(
             f"config.json: vision_config.num_attention_heads is missing, and the weights do not tell it (the released "
             f"tower is {defaults['hidden_size']} wide with {defaults['num_attention_heads']} heads, this one {width})"
         )
-    vision = {**tower, **stated}
-    settle(vision, found, "vision_config.", faults)
-    order = {**stated, **defaults}
+    fields["vision_config"] = {**tower, **stated}
+    try:
+        fields, contradictions = complete(fields, table)
+    except ValueError as error:
+        raise Misfit(f"config.json: {error}") from error
+    faults += [f"config.json: {fault}" for fault in contradictions]
+    vision, order = fields["vision_config"], {**stated, **defaults}
     fields["vision_config"] = {name: vision.get(name, default) for name, default in order.items()} | vision
+    said_by_kind = {**kind_fields(fields["kind"]), "kind": DEFAULT_KIND}
+    fields = {n: v for n, v in fields.items() if n in config or n not in said_by_kind or v != said_by_kind[n]}
 
     own = read_json(CODE / "config.json")
     fields |= {name: own[name] for name in ("architectures", "auto_map")}
@@ -435,9 +336,8 @@ def examine(folder: Path, link: bool = False) -> Findings:
         raise Misfit("no config.json, and the weights do not tell the number of attention heads; download it")
     config = read_json(folder / "config.json")
     code = Code()
-    table = by_released_name(stored, code)
+    table = by_released_name(stored)
     refuse_foreign(table, config, code)
-    refuse_siblings(table)
     fields, faults, notes = complete_config(config, table, code)
     try:
         parsed, shapes, optional, ignorable = code.expect(fields)
@@ -479,8 +379,10 @@ def describe(found: Findings) -> list[tuple[str, str]]:
     kind = "safetensors" if found.files[0].endswith(".safetensors") else "bin"
     unused = f"; {count(len(found.ignored), 'tensor')} not used: {some(found.ignored, 1)}" if found.ignored else ""
     tasks = [f"{name} {rank} ({amount(groups['lora_' + name])})" for name, rank in text.task_adapter_ranks.items()]
-    tile = f"{vision.image_size} px tiles of {found.config.tokens_per_side**2} tokens"
+    tiles = "px a picture," if found.config.tiling == "none" else "px tiles of"
+    tile = f"{vision.image_size} {tiles} {found.config.tokens_per_side**2} tokens"
     rows = [
+        ("kind", KINDS[found.config.kind].title),
         ("weights", f"{count(len(found.files), f'{kind} file')}, {amount(sum(t.nbytes for t in tensors))}{unused}"),
         ("parameters", f"{total / scale:.2f} {unit} in {count(len(tensors), 'tensor')}, {dtype}"),
         (
@@ -521,7 +423,7 @@ def screen(found: Findings, backups: Sequence[str], dry_run: bool) -> str:
         rows.append(("nothing to do", "the folder is as it should be; no file was touched"))
     chat = ["xcomposer", "chat", "--model", str(found.folder), "--text", "Hello"]
     rows.append(("next", shlex.join(chat)))
-    lines = [f"InternLM-XComposer-2.5 in {found.folder}", *(f"  {label:<17}{text}" for label, text in rows)]
+    lines = [f"{KINDS[found.config.kind].title} in {found.folder}", *(f"  {label:<17}{text}" for label, text in rows)]
     return "\n".join(lines)
 
 
