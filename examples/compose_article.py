@@ -12,7 +12,7 @@ model = AutoModel.from_pretrained(folder, dtype="auto").eval()
 composer = Composer(model, AutoTokenizer.from_pretrained(folder))
 
 article = finish(composer.write("Write a story about Miro, who saw a red circle and a blue star.", seed=8192))
-article = finish(composer.illustrate(article, candidates="demo/pictures"), tell=print)
+article = finish(composer.illustrate(article, candidates="demo/pictures/candidates"), tell=print)
 first = article.paragraphs[-1].block
 article = finish(composer.edit(article, first, "expand", "a green ring"), tell=print)
 print(article.title, *(block.text or f"[{block.caption}]" for block in article.blocks), sep="\n")

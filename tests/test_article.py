@@ -252,6 +252,8 @@ def test_what_cannot_be_used_is_said_and_the_step_goes_on():
     assert [bool(n.answer) for _, n in found] == [True, False]
     assert [bool(b.picture) for b in found[-1][0].places] == [False, True]
     assert len(found[-1][0].places[0].candidates) == 3  # a person may still choose
+    chosen = start.changed("b2", picture="mine")
+    assert finish(Composer(Scripted("8")).choose(chosen, candidates, ["b2"])).block("b2").picture == "mine"
 
 
 def test_many_candidates_meet_in_groups_and_the_winners_again():

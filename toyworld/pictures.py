@@ -1,24 +1,29 @@
-"""Draw the pictures in `pictures/`, things to ask the demo checkpoint about: `python -m toyworld.pictures`.
+"""Draw the pictures in `demo/pictures/`, things to ask the demo checkpoint about: `python -m toyworld.pictures`.
 
 All come from the evaluation's seeds, so training has never seen them. `ask.md` lists what each can be asked and the
 right answer.
 """
 
+import random
 from pathlib import Path
 
 from PIL import Image
 
 from toyworld import scenes
 from toyworld.pages import RESUME_QUERY
+from toyworld.world import Thing, draw_things
 
 REPO = Path(__file__).resolve().parents[1]
 
-FOLDER = Path(__file__).resolve().parent / "pictures"
+FOLDER = REPO / "demo" / "pictures"
 # File's name -> task, and the seed (counted from the first of evaluation) whose scene it shows.
 SHOWN = {
     "shapes": ("colour", 10), "crowd": ("count", 3), "code": ("tiles", 5), "page": ("screen", 2), "pair": ("which", 4),
 }  # fmt: skip
 RESUME = ("resume", 1)
+# What an article is written about, and the pictures it may choose from; the first two are right.
+STORY = "Write a story about Miro, who saw a red circle and a blue star."
+CANDIDATES = ("red circle", "blue star", "green ring", "yellow square")
 
 
 def save(name: str, images: list[Image.Image]) -> list[str]:
@@ -40,6 +45,13 @@ def main() -> None:
             lines.append(f"| {', '.join(files)} | {query} | {scene.answer} |")
     resume = scenes.scene(RESUME[0], scenes.EVAL_SEEDS[RESUME[1]]).query.removeprefix(RESUME_QUERY)
     (FOLDER / "resume.md").write_text(resume, encoding="utf-8")
+    (FOLDER / "candidates").mkdir(exist_ok=True)
+    for number, name in enumerate(CANDIDATES):
+        colour, shape = name.split()
+        rng = random.Random(f"{name} {scenes.EVAL_SEEDS[number]}")
+        image = draw_things(rng, [Thing(shape, colour, rng.randrange(9))]).image
+        image.save(FOLDER / "candidates" / f"{colour}-{shape}.png")
+    lines.append(f"| candidates/ | {STORY} | an article, with red-circle.png and blue-star.png in it |")
     (FOLDER / "ask.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -216,7 +216,7 @@ class Composer:
                     break
                 best.append(winner)
             ordered = (*best, *(picture for picture in free if picture not in best))
-            article = article.changed(name, picture=best[0] if best else "", candidates=ordered)
+            article = article.changed(name, picture=best[0] if best else place.picture, candidates=ordered)
             if best:
                 yield article, Note("choose", "chosen", name, done + 1, len(names), "; ".join(unused))
             else:

@@ -168,18 +168,14 @@ def _readable(name: str, pictures: Pictures) -> bytes:
 def _pdf(article: Article, pictures: Pictures) -> bytes:
     """The HTML, printed; it reaches nothing but itself. Raises: ImportError: no WeasyPrint, or no Pango for it."""
     try:
-        from weasyprint import HTML, default_url_fetcher
+        from weasyprint import HTML
+        from weasyprint.urls import URLFetcher
     except (ImportError, OSError) as error:
         raise ImportError(
-            f"PDF needs WeasyPrint and the Pango library ({error}): pip install weasyprint; apt install libpango-1.0-0 "
-            f"libpangoft2-1.0-0"
+            f"PDF needs WeasyPrint 68 or later and the Pango library ({error}): pip install weasyprint; apt install "
+            f"libpango-1.0-0 libpangoft2-1.0-0"
         ) from error
-
-    def inside(url: str, *args, **kwargs):
-        if not url.startswith("data:"):
-            raise ValueError(f"an article has its pictures inside, but asks for {url[:80]!r}")
-        return default_url_fetcher(url, *args, **kwargs)
-
+    inside = URLFetcher(allowed_protocols={"data"}, fail_on_errors=True)
     return HTML(string=to_html(article, pictures), url_fetcher=inside).write_pdf()
 
 
