@@ -224,11 +224,15 @@ def test_adapters_of_a_sharded_model_are_not_lazy(tiny_checkpoint, monkeypatch):
     built = []
     code = type(load(tiny_checkpoint))
     resident = sys.modules[code.__module__.rsplit(".", 1)[0] + ".build_mlp"]._RESIDENT.get
-    monkeypatch.setattr(
-        PreTrainedModel, "from_pretrained", classmethod(lambda cls, *args, **kw: built.append(resident()) or object())
-    )
+
+    def stop(cls, *args, **kwargs):
+        built.append(resident())
+        raise InterruptedError
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(stop))
     for sharded in ({"tp_plan": "auto"}, {"tp_size": 2}, {"distributed_config": object()}, {"device_mesh": object()}):
-        code.from_pretrained(tiny_checkpoint, **sharded)
+        with pytest.raises(InterruptedError):
+            code.from_pretrained(tiny_checkpoint, **sharded)
     assert built == [None] * 4
 
 

@@ -128,6 +128,7 @@ class Conversation:
             history=history,
             streamer=streamer if streams else None,
             use_meta=True,
+            escape_control_tokens=True,
             **self.settings,
         )
         if not streams:
