@@ -7,7 +7,7 @@ whole batch, h x w tiles of one picture. 4 V stands for a token's width before t
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -18,6 +18,24 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_internlm_xcomposer2 import InternLM2Config, InternLMXcomposer2Config
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. Offloaded weights lie on "meta" until accelerate's hook fetches them for a call."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(module.parameters()).device
+    return torch.device("cpu") if torch.device(device).type == "meta" else torch.device(device)
+
+
+def in_own_type(tensor: Tensor) -> AbstractContextManager:
+    """Autocast off where it would mix two 16-bit types, which PyTorch neither concatenates nor norms.
+
+    The published model card loads bfloat16 and calls under autocast to float16.
+    """
+    device = tensor.device.type
+    mixes = torch.is_autocast_enabled(device) and tensor.dtype not in (torch.float32, torch.get_autocast_dtype(device))
+    return torch.autocast(device, enabled=False) if mixes else nullcontext()
 
 
 class VisionTower(CLIPPreTrainedModel):
@@ -36,8 +54,9 @@ class VisionTower(CLIPPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Tiles (N, 3, P * 14, P * 14) -> last encoder layer (N, 1 + P * P, V), class token first."""
-        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
-        return self.encoder(inputs_embeds=hidden, attention_mask=None)
+        with in_own_type(pixel_values):
+            hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+            return self.encoder(inputs_embeds=hidden, attention_mask=None)
 
 
 def merge_patches(features: Tensor, merge: int = 2) -> Tensor:

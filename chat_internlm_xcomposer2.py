@@ -12,7 +12,8 @@ import torch
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 from transformers.utils import logging
 
-from .conversation_internlm_xcomposer2 import ConversationMixin, as_list, place_of
+from .build_mlp import device_of
+from .conversation_internlm_xcomposer2 import ConversationMixin, as_list
 from .prompting_internlm_xcomposer2 import (
     WRITE_SYSTEM,
     chat_prompt,
@@ -209,7 +210,7 @@ class ChatMixin(ConversationMixin):
             queue, left, failure = TokenQueue(), threading.Event(), []
             stop = StoppingCriteriaList(settings.pop("stopping_criteria", None) or [])
             stop.append(lambda ids, scores, **_: torch.full((len(ids),), left.is_set(), device=ids.device))
-            device_type = place_of(self).type
+            device_type = device_of(self).type
             autocast = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
 
             def generate() -> None:

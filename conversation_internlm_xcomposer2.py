@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.utils import logging
 
+from .build_mlp import device_of
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
 from .fingerprint_internlm_xcomposer2 import Stamp, UnreadableWeight, hooks_of, part_of, parts_of, stamp_of
 from .generation_internlm_xcomposer2 import PromptEmbeddings
@@ -111,14 +112,6 @@ def check_text_length(text: str, limit: int, tokenizer) -> None:
                 f"the prompt has {len(text)} characters, which make {len(text) // longest_piece} tokens or more, but "
                 f"max_length is {limit}; shorten the text or the history"
             )
-
-
-def place_of(module: torch.nn.Module) -> torch.device:
-    """Where a module computes. Offloaded weights lie on "meta" until accelerate's hook fetches them for a call."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        device = next(module.parameters()).device
-    return torch.device("cpu") if torch.device(device).type == "meta" else torch.device(device)
 
 
 class ConversationMixin:
@@ -274,7 +267,7 @@ class ConversationMixin:
         if missing:
             pictures = [self._picture(conversation, i) for i in missing]
             tiles, grids = self.config.layout.tiles(pictures, conversation.hd_num, self.font)
-            tiles = tiles.to(place_of(self.model.vision_tower))
+            tiles = tiles.to(device_of(self.model.vision_tower))
             features = self.get_image_features(tiles, grids, return_dict=True).pooler_output
             for i, feature in zip(missing, features, strict=True):
                 found[i] = feature
@@ -292,7 +285,7 @@ class ConversationMixin:
             stamp: what kept pictures must have been embedded under; None: embed all anew.
         """
         embedding = self.get_input_embeddings()
-        input_ids = torch.tensor([conversation.prompt.input_ids], device=place_of(embedding))
+        input_ids = torch.tensor([conversation.prompt.input_ids], device=device_of(embedding))
         embeds = PromptEmbeddings(embedding, input_ids)
         image_mask, slots = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
         features = self._features(conversation, seen, stamp)
@@ -319,7 +312,7 @@ class ConversationMixin:
             self._need_task_adapters(infer_mode)
         if not self.reuse.enabled:
             return None, None
-        device_type = place_of(self).type
+        device_type = device_of(self).type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         parts = parts_of(self.model, part_of)
         try:
@@ -436,11 +429,11 @@ class ConversationMixin:
         """Generate from token ids, where drafts are looked up in the prompt; the penalty still spares the prompt."""
         prompt, hd_num = conversation.prompt, conversation.hd_num
         pictures = [self._picture(conversation, i) for i in range(len(conversation.pictures))]
-        input_ids = torch.tensor([prompt.input_ids], device=place_of(self.get_input_embeddings()))
+        input_ids = torch.tensor([prompt.input_ids], device=device_of(self.get_input_embeddings()))
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if pictures:
             tiles, inputs["image_grid_thw"] = self.config.layout.tiles(pictures, hd_num, self.font)
-            inputs["pixel_values"] = tiles.to(place_of(self.model.vision_tower))
+            inputs["pixel_values"] = tiles.to(device_of(self.model.vision_tower))
             types = inputs["mm_token_type_ids"] = torch.zeros_like(input_ids)
             for start, end in prompt.image_spans:
                 types[0, start:end] = 1
@@ -528,7 +521,7 @@ class ConversationMixin:
         """Text -> token embeddings (1, T, D), with `model.tokenizer`."""
         tokens = self._tokenizer(None)(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
         embedding = self.get_input_embeddings()
-        return embedding(tokens.to(place_of(embedding)))
+        return embedding(tokens.to(device_of(embedding)))
 
     def encode_img(self, image: Any, hd_num: int | None = None) -> Tensor | None:
         """One picture or video (anything `chat` takes; None stays None) -> embeddings (1, L, D).

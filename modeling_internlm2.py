@@ -288,6 +288,10 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        attention_mask, position_ids, image_mask, rope_length = (
+            value.to(inputs_embeds.device) if isinstance(value, Tensor) else value
+            for value in (attention_mask, position_ids, image_mask, rope_length)
+        )
         if image_mask is None and self.training:  # data-parallel training waits for a gradient on every parameter
             image_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         dense = self.dense_partial_lora or self.training or torch.compiler.is_compiling()

@@ -26,7 +26,7 @@ from transformers.utils import (
     logging,
 )
 
-from .build_mlp import VisionTower, build_projector, end_rows, join_tiles, merge_patches
+from .build_mlp import VisionTower, build_projector, device_of, end_rows, join_tiles, merge_patches
 from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
@@ -42,6 +42,8 @@ from .threads_internlm_xcomposer2 import ComputeLock
 
 logger = logging.get_logger(__name__)
 
+# Inputs that are read beside the token embeddings.
+AT_EMBEDDING = ("input_ids", "inputs_embeds", "mm_token_type_ids", "im_mask", "attention_mask", "position_ids")
 # Arguments of `generate` that bring or choose a cache.
 OTHER_CACHES = ("past_key_values", "cache_implementation", "assistant_model", "is_assistant")
 
@@ -148,7 +150,7 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Tiles (N, 3, tile, tile) -> merged patches (N, S, S, 4 V), a bounded number of tiles at a time."""
-        tiles = tiles.to(self.vision_tower.embeddings.class_embedding.dtype)
+        tiles = tiles.to(device_of(self.vision_tower), self.vision_tower.embeddings.class_embedding.dtype)
         batches = tiles.split(self.tiles_at_once)
         features = [self.vision_tower(batch).last_hidden_state[:, 1:] for batch in batches]
         return merge_patches(torch.cat(features), self.config.spatial_merge_size)
@@ -201,7 +203,7 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         grids = image_grid_thw.tolist()
         separator, newline = (self.held(name) for name in ("plora_glb_GN", "plora_sub_GN"))
         sequences = self.arrange_pictures(pixel_values, grids, separator, newline)
-        projected = self.vision_proj(torch.cat(sequences))
+        projected = self.vision_proj(torch.cat(sequences).to(device_of(self.vision_proj)))
         pooled = projected.split([len(sequence) for sequence in sequences])
         return BaseModelOutputWithPooling(last_hidden_state=projected[None], pooler_output=pooled)
 
@@ -340,6 +342,17 @@ class InternLMXComposer2ForCausalLM(
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the token embedding's device. (The library takes any parameter's.)"""
+        return device_of(self.get_input_embeddings())
+
+    def _at_embedding(self, first: Tensor | None, values: dict) -> tuple[Tensor | None, dict]:
+        """`first`, and those of `values` that `AT_EMBEDDING` names, at the embedding: callers have them anywhere."""
+        device = self.device
+        moved = {name: values[name].to(device) for name in AT_EMBEDDING if isinstance(values.get(name), Tensor)}
+        return first.to(device) if isinstance(first, Tensor) else first, moved
+
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
@@ -384,6 +397,8 @@ class InternLMXComposer2ForCausalLM(
             logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
         """
         self._need_task_adapters(infer_mode)
+        given = {"inputs_embeds": inputs_embeds, "mm_token_type_ids": mm_token_type_ids, "im_mask": im_mask}
+        input_ids, moved = self._at_embedding(input_ids, given)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -393,9 +408,7 @@ class InternLMXComposer2ForCausalLM(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
-            im_mask=im_mask,
+            **moved,
             infer_mode="base" if infer_mode == self._merged_mode else infer_mode,
             use_cache=use_cache,
             **kwargs,
@@ -437,6 +450,8 @@ class InternLMXComposer2ForCausalLM(
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in SETTINGS}
         if im_mask is not None:
             kwargs["mm_token_type_ids"] = im_mask.long()
+        inputs, moved = self._at_embedding(inputs, kwargs)
+        kwargs.update(moved)
         said = config_settings(self.generation_config) | config_settings(generation_config) | kwargs
         # Whoever brings or chooses a cache has it; an empty one counts, too. A draft's model keeps transformers' own.
         others = any(said.get(name) is not None for name in OTHER_CACHES)

@@ -5,17 +5,27 @@ tensors of two devices raises, as it does on cards; a number without dimensions 
 has no values, so that `generate` cannot run in it.)
 """
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
 CARD = "card"
-_setup_privateuseone_for_python_backend(CARD)  # PyTorch knows a device of this name from here on
+
+
+class CardModule(_DummyBackendModule):
+    """What PyTorch asks a device's module, `torch.card`."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(CARD, backend_module=CardModule())  # PyTorch knows the device from here on
 CPU = torch.device("cpu")
 # What brings tensors of two devices together on purpose.
 COPIES = {aten.copy_.default, aten._to_copy.default, aten._pin_memory.default}
@@ -36,14 +46,15 @@ class CardTensor(Tensor):
     """`inner`, a CPU tensor, under another device's name."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device):
-        return torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, inner: Tensor, device: torch.device | None = None, requires_grad: bool = False):
+        device = inner.device if device is None else device  # accelerate makes a parameter anew from itself
+        inner = _inner(inner)
+        tensor = torch.Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device=device, requires_grad=False,
+            device=device, requires_grad=requires_grad,
         )  # fmt: skip
-
-    def __init__(self, inner: Tensor, device: torch.device):
-        self.inner = inner
+        tensor.inner = inner
+        return tensor
 
     def tolist(self):
         return self.inner.tolist()
@@ -90,9 +101,7 @@ def run(func, args: tuple, kwargs: dict[str, Any]) -> Any:
     return out if device == CPU else tree_map_only(Tensor, lambda t: CardTensor(t, device), out)
 
 
-class Cards(TorchDispatchMode):
-    """While it is on, `device="card"` names a stand-in card, for new tensors and for `.to`."""
-
+class _OneThread(TorchDispatchMode):
     def __enter__(self):
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=)` is made on the CPU, then moved
         return super().__enter__()
@@ -103,6 +112,24 @@ class Cards(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
+
+
+class Cards(_OneThread):
+    """While it is on, `device="card"` names a stand-in card, for new tensors and for `.to`, in new threads too."""
+
+    def __enter__(self):
+        self.run_thread = run_thread = threading.Thread.run
+
+        def run_among_cards(thread):  # a mode holds for one thread alone
+            with _OneThread():
+                run_thread(thread)
+
+        threading.Thread.run = run_among_cards
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        threading.Thread.run = self.run_thread
+        return super().__exit__(*exception)
 
 
 def to_card(value: Tensor, device: str) -> CardTensor:
