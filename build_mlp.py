@@ -28,13 +28,13 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if torch.device(device).type == "meta" else torch.device(device)
 
 
-def in_own_type(tensor: Tensor) -> AbstractContextManager:
-    """Autocast off where it would mix two 16-bit types, which PyTorch neither concatenates nor norms.
+def in_own_type(module: nn.Module) -> AbstractContextManager:
+    """Autocast off for a module where it would mix two 16-bit types, which PyTorch neither concatenates nor norms.
 
     The published model card loads bfloat16 and calls under autocast to float16.
     """
-    device = tensor.device.type
-    mixes = torch.is_autocast_enabled(device) and tensor.dtype not in (torch.float32, torch.get_autocast_dtype(device))
+    device, dtype = device_of(module).type, next(module.parameters()).dtype
+    mixes = torch.is_autocast_enabled(device) and dtype not in (torch.float32, torch.get_autocast_dtype(device))
     return torch.autocast(device, enabled=False) if mixes else nullcontext()
 
 
@@ -54,9 +54,8 @@ class VisionTower(CLIPPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Tiles (N, 3, P * 14, P * 14) -> last encoder layer (N, 1 + P * P, V), class token first."""
-        with in_own_type(pixel_values):
-            hidden = self.pre_layrnorm(self.embeddings(pixel_values))
-            return self.encoder(inputs_embeds=hidden, attention_mask=None)
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        return self.encoder(inputs_embeds=hidden, attention_mask=None)
 
 
 def merge_patches(features: Tensor, merge: int = 2) -> Tensor:

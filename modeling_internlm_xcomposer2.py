@@ -26,7 +26,7 @@ from transformers.utils import (
     logging,
 )
 
-from .build_mlp import VisionTower, build_projector, device_of, end_rows, join_tiles, merge_patches
+from .build_mlp import VisionTower, build_projector, device_of, end_rows, in_own_type, join_tiles, merge_patches
 from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
@@ -202,8 +202,9 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """
         grids = image_grid_thw.tolist()
         separator, newline = (self.held(name) for name in ("plora_glb_GN", "plora_sub_GN"))
-        sequences = self.arrange_pictures(pixel_values, grids, separator, newline)
-        projected = self.vision_proj(torch.cat(sequences).to(device_of(self.vision_proj)))
+        with in_own_type(self.vision_tower):
+            sequences = self.arrange_pictures(pixel_values, grids, separator, newline)
+            projected = self.vision_proj(torch.cat(sequences).to(device_of(self.vision_proj)))
         pooled = projected.split([len(sequence) for sequence in sequences])
         return BaseModelOutputWithPooling(last_hidden_state=projected[None], pooler_output=pooled)
 
@@ -520,8 +521,9 @@ class InternLMXComposer2ForCausalLM(
             glb_GN, sub_GN: separator and newline, as `plora_glb_GN` and `plora_sub_GN`.
         """
         tiles, grids = stack_tiles([image.squeeze(0) for image in images], self.config.tile)
-        sequences = self.model.arrange_pictures(tiles, grids.tolist(), glb_GN, sub_GN)
-        return torch.cat(sequences)[None], [len(sequence) for sequence in sequences]
+        with in_own_type(self.model.vision_tower):
+            sequences = self.model.arrange_pictures(tiles, grids.tolist(), glb_GN, sub_GN)
+            return torch.cat(sequences)[None], [len(sequence) for sequence in sequences]
 
 
 # transformers looks these up by class name, loading and saving.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .build_mlp import CHECKED_ADAPTERS, AdaptedLinear, resident_task_adapters
+from .build_mlp import CHECKED_ADAPTERS, AdaptedLinear, in_own_type, resident_task_adapters
 from .recognition_internlm_xcomposer2 import ADAPTER, folder_of
 from .threads_internlm_xcomposer2 import takes_turns
 from .weight_files_internlm_xcomposer2 import NoWeights, WeightFiles
@@ -171,9 +171,10 @@ class TaskAdapterMixin:
     @takes_turns
     def _join_task_adapters(self, names: tuple[str, ...]) -> None:
         """Let these adapters run as one pair, or each for itself, by `stack_task_adapters`."""
-        for _, module in self._adapted_linears():
-            if module.is_joint(names) != self.stack_task_adapters:
-                module.stack(names) if self.stack_task_adapters else module.part()
+        with in_own_type(self):  # weights are joined as they are
+            for _, module in self._adapted_linears():
+                if module.is_joint(names) != self.stack_task_adapters:
+                    module.stack(names) if self.stack_task_adapters else module.part()
 
     @takes_turns
     def save_pretrained(self, *args, **kwargs) -> None:
