@@ -5,6 +5,7 @@ leave out is their kind's (`kinds_internlm_xcomposer2`). Inside, each number liv
 `vision_config`; the flat names stay readable and writable on the top config (`config.hidden_size`).
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .kinds_internlm_xcomposer2 import (
     kind_text_fields,
 )
 from .recognition_internlm_xcomposer2 import complete_from_weights
+from .weight_files_internlm_xcomposer2 import some
 
 logger = logging.get_logger(__name__)
 
@@ -416,7 +418,10 @@ class InternLMXcomposer2Config(PretrainedConfig):
         if not isinstance(vision_config, CLIPVisionConfig):
             fields = {**VISION_DEFAULTS, "image_size": img_size or KINDS[self.kind].image_size, **(vision_config or {})}
             check_fields(fields, VISION_RULES, "vision_config.")
-            vision_config = CLIPVisionConfig(**fields)
+            width, heads = fields["hidden_size"], fields["num_attention_heads"]
+            _require_multiple("vision_config.hidden_size", width, "vision_config.num_attention_heads", heads)
+            numbers = [name for name, rule in VISION_RULES.items() if rule in (POSITIVE, FRACTION) and name in fields]
+            vision_config = CLIPVisionConfig(**fields | {name: float(fields[name]) for name in numbers})
         self.vision_config = vision_config
         size, patch, merge = vision_config.image_size, vision_config.patch_size, self.spatial_merge_size
         if img_size not in (None, size):
@@ -427,12 +432,6 @@ class InternLMXcomposer2Config(PretrainedConfig):
                 f"vision_config.image_size ({size}) must be {grid} number of patches of {patch} pixels: {token} make "
                 f"one image token"
             )
-        _require_multiple(
-            "vision_config.hidden_size",
-            vision_config.hidden_size,
-            "vision_config.num_attention_heads",
-            vision_config.num_attention_heads,
-        )
         if self.tiling != "none" and not self.image_separators:
             raise ValueError(f"tiling={self.tiling!r} needs image_separators: tiles are joined row by row with them")
 
@@ -449,7 +448,12 @@ class InternLMXcomposer2Config(PretrainedConfig):
         hub = dict(kwargs)
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if fields and hub.get("gguf_file") is None:
-            fields = complete_from_weights(fields, pretrained_model_name_or_path, hub)
+            fields, faults = complete_from_weights(fields, pretrained_model_name_or_path, hub)
+            if faults:
+                try:
+                    cls(**copy.deepcopy(fields))
+                except ValueError as error:  # the weights tell more than the config's own check
+                    raise ValueError(f"{error}; config.json contradicts the weights: {some(faults, 8)}") from error
         if fields.get("architectures") == ["InternLM2ForCausalLM"]:  # vLLM would build that one
             fields["architectures"] = ["InternLMXComposer2ForCausalLM"]
         if fields.get("model_type") in MODEL_TYPE_SPELLINGS:

@@ -298,14 +298,16 @@ def tensors_of(name_or_path: Any, hub: Mapping[str, Any]) -> dict[str, Stored]:
     return {}
 
 
-def complete_from_weights(fields: Mapping[str, Any], name_or_path: Any, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` of a checkpoint's `config.json` with what its weights say besides.
+def complete_from_weights(
+    fields: Mapping[str, Any], name_or_path: Any, hub: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """`fields` of a checkpoint's `config.json` with what its weights say besides, and contradictions.
 
     Where they contradict each other the fields stay as they are: reading a config needs no weights, and loading the
     model says what is wrong.
     """
     completed, faults = complete(fields, _unpacked(fields, tensors_of(name_or_path, hub)))
-    return dict(fields) if faults else completed
+    return dict(fields) if faults else completed, faults
 
 
 def _unpacked(fields: Mapping[str, Any], tensors: Tensors) -> Tensors:

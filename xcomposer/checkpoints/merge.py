@@ -22,18 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from xcomposer.files import code_files
 from xcomposer.model.configuration_internlm_xcomposer2 import INFER_MODES
+from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit, NoWeights, WeightFiles
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Where weights may lie, in the order transformers looks: an index of several files, or one file.
-WEIGHT_FILES = (
-    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
-)  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 # `model.layers.0.attention.wqkv.lora_web_A.weight`: the linear, the adapter, the side.
 ADAPTER_NAME = re.compile(r"^(?P<linear>.+)\.lora_(?P<adapter>[a-z0-9]+)_(?P<side>[AB])\.weight$")
@@ -41,52 +37,28 @@ ADAPTER_NAME = re.compile(r"^(?P<linear>.+)\.lora_(?P<adapter>[a-z0-9]+)_(?P<sid
 Pairs = dict[str, dict[str, tuple[str, str]]]  # linear -> adapter -> names of its A and B
 
 
-class Checkpoint:
-    """Weights of a folder by name, each read from its file when asked for.
+class Checkpoint(WeightFiles):
+    """Weights of a folder by name, those that the model would load, each read from its file when asked for.
 
     Raises:
-        FileNotFoundError: no folder, no weights in it, or a file that the index names is missing.
+        FileNotFoundError: no folder, or no weights in it. ValueError: a file that is missing or cut short.
     """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; SRC must be a downloaded checkpoint")
-        self.folder = folder
-        found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-        if found is None:
-            raise FileNotFoundError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)} is there")
-        self._open_files: dict[str, Any] = {}
-        if found.name.endswith(".index.json"):
-            self.file_of: dict[str, str] = json.loads(found.read_text("utf-8"))["weight_map"]
-            missing = sorted({file for file in self.file_of.values() if not (folder / file).is_file()})
-            if missing:
-                raise FileNotFoundError(f"{found} names files that are not there: {', '.join(missing)}")
-        else:
-            self.file_of = dict.fromkeys(self._open(found.name).keys(), found.name)
-
-    def _open(self, file: str) -> Any:
-        """A weight file, mapped and not read: names, and tensors one by one."""
-        if file not in self._open_files:
-            path = self.folder / file
-            try:
-                if path.suffix == ".safetensors":
-                    self._open_files[file] = safe_open(path, framework="pt")
-                else:
-                    self._open_files[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (SafetensorError, RuntimeError) as error:
-                raise ValueError(f"{path} cannot be read; is the download whole? ({error})") from error
-        return self._open_files[file]
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, in memory of its own."""
-        source = self._open(self.file_of[name])
-        return source.get_tensor(name) if hasattr(source, "get_tensor") else source[name].clone()
+        try:
+            super().__init__(folder)
+        except NoWeights as error:
+            raise FileNotFoundError(f"{folder} holds no weights: {error}") from error
+        except Misfit as misfit:
+            raise Misfit(*(f"{folder}: {line}" for line in misfit.lines)) from misfit
 
     def shards(self) -> dict[str, list[str]]:
         """Names by file, files in order."""
         names: dict[str, list[str]] = {}
-        for name, file in self.file_of.items():
-            names.setdefault(file, []).append(name)
+        for name, tensor in self.tensors.items():
+            names.setdefault(tensor.file, []).append(name)
         return {file: names[file] for file in sorted(names)}
 
     def adapter_pairs(self) -> Pairs:
@@ -96,12 +68,12 @@ class Checkpoint:
             ValueError: an A without its B, or the reverse, or without the linear they belong to.
         """
         sides: dict[tuple[str, str], dict[str, str]] = {}
-        for name in self.file_of:
+        for name in self.tensors:
             if match := ADAPTER_NAME.match(name):
                 sides.setdefault((match["linear"], match["adapter"]), {})[match["side"]] = name
         pairs: Pairs = {}
         for (linear, adapter), found in sides.items():
-            if len(found) != 2 or f"{linear}.weight" not in self.file_of:
+            if len(found) != 2 or f"{linear}.weight" not in self.tensors:
                 here = ", ".join(found.values())
                 raise ValueError(f"adapter {adapter!r} of {linear} is incomplete: the checkpoint has {here} alone")
             pairs.setdefault(linear, {})[adapter] = (found["A"], found["B"])
