@@ -206,7 +206,7 @@ def soak(
 
     Args:
         sources: what a turn may be about, besides pictures and a video of frames.
-        note: called with (conversations so far, what the process holds) now and then.
+        note: called with (conversations so far, what the process holds and how many calls differed) now and then.
 
     Returns:
         Numbers of calls of each kind, the calls that differed, and what the process held on the way.
@@ -224,7 +224,7 @@ def soak(
             if begun % every == 0:
                 held.append(holdings())
                 if note:
-                    note(begun, held[-1])
+                    note(begun, {**held[-1], "different": len(different)})
         at = chance.randrange(len(talks))
         talk, left = talks.pop(at)
         (kind,) = chance.choices(list(Talk.STEPS), Talk.WEIGHTS)
