@@ -101,7 +101,7 @@ class Transformers:
         self.processor = AutoProcessor.from_pretrained(folder)
 
     def inputs(self, body, images=None, videos=None):
-        return self.processor(text=prompt_of(body), images=images, videos=videos, hd_num=24, return_tensors="pt")
+        return self.processor(text=prompt_of(body), images=images, videos=videos, return_tensors="pt")
 
     def answer(self, inputs, mode="base"):
         settings = {"max_new_tokens": TOKENS, "do_sample": False, "repetition_penalty": 1.0}
@@ -301,6 +301,22 @@ def test_http_refuses_and_lives_on(server, media, transformers_says):
 
 
 # ------------------------------------------------------------------------------------------------------------- plug-in
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        ([1, 5, 90, 6], [1, 5, 90, 1, 6]),
+        ([1, 90, 91, 6, 90], [1, 90, 91, 1, 6, 90]),
+        ([90, 1, 6], [90, 1, 6]),
+        ([1, 5], [1, 5]),
+        ([], []),
+    ],
+)
+def test_bos_of_the_older_kinds(ids, expected):
+    from xcomposer.serving.vllm_model import begin_pieces
+
+    assert begin_pieces(ids, (90, 91), 1) == expected
 
 
 def test_the_plug_in_may_be_called_again_and_leaves_other_models_alone():

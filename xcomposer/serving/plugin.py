@@ -54,7 +54,7 @@ METHODS: dict[str, Callable] = {"get_and_verify_max_len": allow_any_length, "try
 def extend(model_config_class: type, name: str, ours: Callable) -> None:
     """Let a method do `ours(self, library's method, ...)` for models of this family; once."""
     library = getattr(model_config_class, name)
-    if hasattr(library, "__wrapped__"):
+    if getattr(library, "extended_by", None) == __name__:
         return
 
     @functools.wraps(library)
@@ -63,6 +63,7 @@ def extend(model_config_class: type, name: str, ours: Callable) -> None:
             return ours(self, library, *args, **kwargs)
         return library(self, *args, **kwargs)
 
+    method.extended_by = __name__  # type: ignore[attr-defined]
     setattr(model_config_class, name, method)
 
 

@@ -4,10 +4,13 @@ vLLM builds the decoder's attention and the head itself, and replaces every `nn.
 decoder through M-RoPE positions (`InternLMXComposer2Model.get_rope_index`). Registered by `xcomposer.serving.plugin`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import zip_longest
 
 from transformers import AutoModel
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.models.transformers import (
     CausalMixin,
     MultiModalDummyInputsBuilder,
@@ -17,9 +20,11 @@ from vllm.model_executor.models.transformers import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
+from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
 from xcomposer.model.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Model
+from xcomposer.model.processing_internlm_xcomposer2 import hd_num_of
 from xcomposer.register import register_classes
 
 LARGEST_FRAME = 1120  # side of a square frame: no other shape gives a video more tiles
@@ -50,9 +55,37 @@ class ProcessingInfo(MultiModalProcessingInfo):
         return ImageSize(width=LARGEST_FRAME, height=LARGEST_FRAME)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    MultiModalProcessor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
-)
+def begin_pieces(ids: Sequence[int], slots: Collection[int], bos: int) -> list[int]:
+    """Token ids with BOS after each picture's place that text follows, as the chat of the older kinds has it."""
+    pieces = []
+    for token, following in zip_longest(ids, ids[1:]):
+        pieces.append(token)
+        if token in slots and following is not None and following not in (*slots, bos):
+            pieces.append(bos)
+    return pieces
+
+
+class Processor(MultiModalProcessor):
+    """vLLM's, with what depends on the whole prompt: it tokenises the prompt, and processes one picture at a time.
+
+    That is the tiles that `chat` gives each of several pictures, and the BOS of the older kinds.
+    """
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        processor = self.info.get_hf_processor()
+        if processor.bos_on_each_piece:
+            slots = (processor.image_token_id, processor.video_token_id)
+            inputs = replace(inputs, prompt=begin_pieces(inputs.prompt, slots, processor.tokenizer.bos_token_id))
+        pictures = sum(items.get_count() for items in inputs.mm_data_items.values())
+        told = self.info.ctx.get_merged_mm_kwargs(inputs.hf_processor_mm_kwargs)
+        image_processor = processor.image_processor
+        if pictures > 1 and hd_num_of(told) is None and image_processor.hd_num is None:
+            hd_num = image_processor.layout.default_hd_num(pictures)
+            inputs = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, "hd_num": hd_num})
+        return super().apply(inputs, timing_ctx)
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder)
 class XComposerForCausalLM(MultiModalMixin, CausalMixin):
     """Text, pictures and videos in, text out; task adapters are served beside it, as LoRA modules."""
 

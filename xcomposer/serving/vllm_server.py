@@ -7,9 +7,9 @@
 One server offers the models chat, web and write: the task adapters inside the checkpoint, as LoRA modules (kept in a
 cache, see `adapter_cache`). `vllm serve FOLDER` alone does for chat; the plug-in (`plugin`) is what makes either run.
 
-A picture has up to 24 tiles, also where `chat` would take 6 because there are several; `--mm-processor-kwargs
-'{"hd_num": 6}'` changes that, for one request too under `--trust-request-mm-kwargs`. vLLM's `repetition_penalty` counts
-the prompt as well, that of `chat` does not.
+Pictures get the tiles that `chat` gives them, 24 or 6 each where there are several; `--mm-processor-kwargs
+'{"hd_num": 36}'` changes that, for one request too under `--trust-request-mm-kwargs`. vLLM's `repetition_penalty`
+counts the prompt as well, that of `chat` does not.
 """
 
 import argparse
