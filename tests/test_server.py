@@ -4,7 +4,10 @@ import base64
 import io
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import CLOSE, GOLDEN, MARK, OPEN, REPO, load
 from PIL import Image
+from released import write_released
 from transformers import AutoTokenizer
 
 httpx = pytest.importorskip("httpx")
@@ -154,6 +158,18 @@ def test_answers_are_those_of_chat(server, demo):
     )
     system = {"role": "system", "content": "Be brief."}
     assert server.text([system, *user("Hello")]) == chat(demo, "Hello", use_meta=True, meta_instruction="Be brief.")
+
+
+def test_detail_low_is_one_tile(server, demo):
+    wide = Image.new("RGB", (600, 200), "white")
+    wide.save(file := io.BytesIO(), "PNG")
+    url = data_url(file.getvalue())
+    low, high = ({"type": "image_url", "image_url": {"url": url, "detail": detail}} for detail in ("low", "high"))
+    small, large = (server.ask([item, TEXT], max_tokens=1).usage.prompt_tokens for item in (low, high))
+    assert small == server.ask([high, TEXT], max_tokens=1, extra_body={"hd_num": 1}).usage.prompt_tokens < large
+    for content, more in (([low, high, TEXT], {}), ([low, TEXT], {"hd_num": 4})):
+        refused = server.post(messages=user(content), **more)
+        assert refused.status_code == 400 and "detail is low" in refused.json()["error"]["message"]
 
 
 def test_a_video_and_its_frames(server, demo):
@@ -876,3 +892,37 @@ def test_unusable_options(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["serve", str(DEMO), "--backend", "transformers", *arguments])
     assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_command_serves_a_release_as_it_is(tmp_path):
+    folder = write_released(tmp_path / "IXC-2.5 release v1.0")
+    command = [sys.executable, "-m", "xcomposer", "serve", str(folder), "--backend", "transformers"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path / "log.txt").open("w")
+    process = subprocess.Popen([*command, "--port", str(port), "--num-gpus", "0"], stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 90
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+            try:
+                assert httpx.get(f"{url}/health").status_code == 200
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        names = [model.id for model in client.models.list()]
+        assert names == [str(folder), "chat", "web", "write"]
+        answers = [
+            client.chat.completions.create(model=name, messages=user([SHAPES, TEXT]), max_tokens=4) for name in names
+        ]
+        assert all(answer.usage.completion_tokens for answer in answers)
+        client.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
