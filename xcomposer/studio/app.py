@@ -1,184 +1,157 @@
-"""The model in a browser: chat about pictures and videos, webpages, articles.
+"""The studio: chat, pages and illustrated articles in a browser.
 
-    pip install "gradio>=6"
-    python gradio_demo/app.py --model FOLDER
+    xcomposer studio --model FOLDER
+    xcomposer studio --model FOLDER --pictures PHOTOS --host 0.0.0.0 --auth me:secret
+    xcomposer studio --endpoint http://127.0.0.1:8000
 
-Serves http://127.0.0.1:7860, to this machine alone; `--host 0.0.0.0` opens it to the network. One answer is
-written at a time, others wait.
+It serves http://127.0.0.1:7860, to this machine alone, unless --host says otherwise. One answer is written at a time;
+who waits sees the place in the queue.
 """
 
-import html
+import argparse
+import atexit
 import os
-import threading
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from xcomposer.loading import arguments, load
+from xcomposer.loading import arguments, check_folder, load
 
-MARK = "<ImageHere>"
-FAILED = "⚠️ "  # begins a turn's answer that is an error; such turns are no part of the conversation
-EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)  # bad input, missing decoder, memory full
-KINDS = ("from an instruction", "from a resume (Markdown)", "from a screenshot")
-BUSY = threading.Lock()
-
-
-def parts_of(content: Any) -> tuple[str, list[str]]:
-    """(text, files) of a chat message's content: text, a part, or a list of parts."""
-    if isinstance(content, str):
-        return content, []
-    if isinstance(content, list):
-        texts, files = zip(*map(parts_of, content), strict=True) if content else ((), ())
-        return "\n".join(filter(None, texts)), [file for some in files for file in some]
-    if content.get("type") == "text":
-        return content["text"], []
-    file = content.get("file", content)
-    return "", [file if isinstance(file, str) else file["path"]]
+FILES = Path(__file__).parent
+LOCAL = ("127.0.0.1", "localhost", "::1")
+QUEUE = 16  # most waiting; who comes then is told to come again
+SWEEP_S, KEEP_S = 600, 3600  # uploads are looked through every so often, and deleted when so old
+INSTALL = "pip install 'internlm-xcomposer2d5[studio]'"
 
 
-def marked(text: str, files: Sequence[str]) -> str:
-    """A question with a mark for each file: at the marks it has, if there is one for each, else in front."""
-    if text.count(MARK) == len(files):
-        return text
-    return MARK * len(files) + text.replace(MARK, "")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = arguments(__doc__, max_new_tokens=1024)
+    add = parser.add_argument
+    add("--endpoint", metavar="URL", help="ask a server of the OpenAI interface, and load no model here")
+    add("--api_key", default=os.environ.get("OPENAI_API_KEY", ""), help="of the endpoint, if it wants one")
+    add("--host", default="127.0.0.1", help="0.0.0.0 opens the studio to the network")
+    add("--port", type=int, default=7860)
+    add("--share", action="store_true", help="a public address through gradio's servers")
+    add("--auth", metavar="USER:PASSWORD", help="ask visitors to sign in")
+    add("--pictures", type=Path, metavar="FOLDER", help="pictures that articles may be illustrated with")
+    add("--max_upload", type=float, default=64, metavar="MB", help="of one file (default: 64)")
+    add(
+        "--allow-addresses",
+        action=argparse.BooleanOptionalAction,
+        help="fetch pictures from addresses that visitors give (default: only while this machine alone is served)",
+    )
+    return parser.parse_args(argv)
 
 
-def read_messages(messages: Sequence[dict]) -> tuple[list[tuple[str, str]], list[str]]:
-    """gradio's messages -> (question, answer) pairs and all their files, without turns that have no answer."""
-    history: list[tuple[str, str]] = []
-    kept: list[str] = []
-    text, files = "", []
-    for message in messages:
-        said, sent = parts_of(message["content"])
-        if message["role"] == "user":
-            text, files = said, sent
-        elif said and not said.startswith(FAILED):
-            history.append((marked(text, files), said.replace(MARK, "")))
-            kept += files
-    return history, kept
+def check(args: argparse.Namespace) -> None:
+    """Wrong options, before anything is loaded. Raises: SystemExit: says which."""
+    if not 0 <= args.port < 65536:
+        raise SystemExit(f"--port {args.port}: give a number from 0 to 65535")
+    if not args.max_upload > 0:
+        raise SystemExit(f"--max_upload {args.max_upload}: give a number of megabytes above 0")
+    if args.auth is not None and not all(args.auth.partition(":")):
+        raise SystemExit("--auth: give USER:PASSWORD")
+    if args.pictures is not None:
+        from xcomposer.article.pictures import in_folder
+
+        try:
+            in_folder(args.pictures)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"--pictures: {error}") from error
 
 
-def failure(error: BaseException) -> str:
-    return FAILED + (" ".join(str(error).split()) or type(error).__name__)
+def build(desk: Any, workspaces: Any, pictures: Path | None = None, addresses: bool = False):
+    """The page: a header and three tabs."""
+    import gradio as gr
 
+    from xcomposer.studio.article import ArticleTab
+    from xcomposer.studio.chat import ChatTab
+    from xcomposer.studio.page import PageTab
+    from xcomposer.studio.shell import Shell
 
-class Desk:
-    """What the tabs do. Knows the model, not gradio."""
-
-    def __init__(self, model, max_new_tokens: int):
-        self.model, self.max_new_tokens = model, max_new_tokens
-
-    def stream(self, query: str, images: list[str], **settings) -> Iterator[str]:
-        """The answer so far, again and again, or an error."""
-        settings = {"max_new_tokens": self.max_new_tokens, **settings}
-        with BUSY:
-            try:
-                for text, _ in self.model.stream_chat(None, query, images, **settings):
-                    yield text
-            except EXPECTED as error:
-                yield failure(error)
-
-    def chat(self, message: dict, messages: Sequence[dict], hd_num: int = 0, greedy: bool = False) -> Iterator[str]:
-        """A turn of the chat tab: {"text", "files"} after gradio's messages. hd_num 0: the model's default."""
-        history, images = read_messages(messages)
-        files = [parts_of(file)[1][0] if isinstance(file, dict) else str(file) for file in message.get("files") or ()]
-        query, images = marked(message.get("text") or "", files), [*images, *files]
-        queries = [asked for asked, _ in history] + [query]
-        if len(images) == 1:
-            queries[0] = queries[0].removeprefix(MARK)  # a single picture goes unmarked, as the model was trained
-        turns = [(asked, said) for asked, (_, said) in zip(queries, history, strict=False)]
-        yield from self.stream(
-            queries[-1], images, history=turns, hd_num=hd_num or None, do_sample=not greedy, use_meta=True
-        )
-
-    def article(self, instruction: str, files: Sequence[str] | None, max_new_tokens: int) -> Iterator[str]:
-        """An article as it is written, with the write adapter on."""
-        images = list(files or ())
-        query = marked(instruction, images)
-        yield from self.stream(query, images, infer_mode="write", top_k=40, max_new_tokens=int(max_new_tokens))
-
-    def webpage(self, kind: str, text: str, file: str | None, max_new_tokens: int, seed: int) -> tuple[str, str]:
-        """(HTML, its preview); an error in place of the preview."""
-        settings = dict(max_new_tokens=int(max_new_tokens), seed=int(seed), output_path=None)
-        with BUSY:
-            try:
-                if kind == KINDS[0]:
-                    page = self.model.write_webpage(text, **settings)
-                elif file is None:
-                    raise ValueError(f"a webpage {kind} needs the file: drop it in the box")
-                elif kind == KINDS[1]:
-                    page = self.model.resume_2_webpage(file, **settings)
-                else:
-                    page = self.model.screen_2_webpage(text, [file], **settings)
-            except EXPECTED as error:
-                return "", html.escape(failure(error))
-        return page, preview(page)
-
-
-def preview(page: str) -> str:
-    """The page in a frame of its own: its scripts run, but reach nothing of this app."""
-    frame = 'sandbox="allow-scripts" style="width: 100%; height: 600px; border: 1px solid #ccc; background: white"'
-    return f'<iframe title="preview" {frame} srcdoc="{html.escape(page)}"></iframe>'
-
-
-def build(desk: Desk):
-    """The app of three tabs.
-
-    Raises:
-        SystemExit: gradio is not installed.
-    """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise SystemExit(f"the demo needs gradio ({error}): pip install 'gradio>=6'") from error
-
-    with gr.Blocks(title="InternLM-XComposer-2.5") as app:
-        gr.Markdown("# InternLM-XComposer-2.5")
-        with gr.Tab("Chat"):
-            gr.ChatInterface(
-                desk.chat,
-                multimodal=True,
-                textbox=gr.MultimodalTextbox(
-                    file_count="multiple",
-                    file_types=["image", "video"],
-                    placeholder=f"Ask; drop pictures and videos here. {MARK} in the text says where one belongs.",
-                ),
-                additional_inputs=[
-                    gr.Slider(0, 40, 0, step=1, label="hd_num: most tiles of a picture (0: the default)", render=False),
-                    gr.Checkbox(False, label="greedy: the same answer every time", render=False),
-                ],
-                additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-            )
-        with gr.Tab("Webpage"):
-            kind = gr.Radio(KINDS, value=KINDS[0], label="Webpage")
-            text = gr.Textbox(lines=4, label="Instruction")
-            file = gr.File(label="Resume or screenshot", type="filepath")
-            with gr.Row():
-                length = gr.Slider(16, 8000, 4800, step=16, label="Most tokens")
-                seed = gr.Number(-1, precision=0, label="Seed (-1: another page each time)")
-            go = gr.Button("Write the page", variant="primary")
-            shown = gr.HTML()
-            code = gr.Code(language="html", label="HTML")
-            go.click(desk.webpage, [kind, text, file, length, seed], [code, shown])
-        with gr.Tab("Article"):
-            instruction = gr.Textbox(lines=4, label="Instruction")
-            pictures = gr.File(label="Pictures", file_count="multiple", file_types=["image"], type="filepath")
-            size = gr.Slider(16, 8000, 4096, step=16, label="Most tokens")
-            write = gr.Button("Write the article", variant="primary")
-            written = gr.Markdown()
-            write.click(desk.article, [instruction, pictures, size], written)
+    with gr.Blocks(title="XComposer Studio", fill_width=True, delete_cache=(SWEEP_S, KEEP_S)) as app:
+        shell = Shell(desk, workspaces, pictures, addresses)
+        shell.header()
+        with gr.Tabs(elem_classes="tabs"):
+            ChatTab(shell)
+            PageTab(shell)
+            ArticleTab(shell)
+        shell.footer(app)
     return app
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, max_new_tokens=1024)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
-    args = parser.parse_args(argv)
-    build(Desk(None, args.max_new_tokens))  # before the model: a missing gradio shows at once
-    model, _ = load(args)
-    build(Desk(model, args.max_new_tokens)).launch(server_name=args.host, server_port=args.port)
+def theme():
+    """Quiet: one accent, the system's fonts (nothing is fetched), both colour schemes."""
+    import gradio as gr
+
+    sans = "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"
+    mono = "ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"
+    look = gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=sans, font_mono=mono)
+    plain = {
+        "background_fill": "transparent",
+        "text_color": "*body_text_color_subdued",
+        "padding": "0",
+        "text_weight": "500",
+    }
+    titles = {f"block_title_{name}{dark}": value for name, value in plain.items() for dark in ("", "_dark")}
+    return look.set(**{name: value for name, value in titles.items() if hasattr(look, name)})
+
+
+def launch(app: Any, args: argparse.Namespace, **options: Any):
+    """Start the server; returns what gradio's `launch` does."""
+    return app.queue(max_size=QUEUE, default_concurrency_limit=8).launch(
+        server_name=args.host,
+        server_port=args.port or None,
+        share=args.share,
+        auth=tuple(args.auth.split(":", 1)) if args.auth else None,
+        max_file_size=int(args.max_upload * 2**20),
+        theme=theme(),
+        css_paths=[FILES / "studio.css"],
+        footer_links=[],
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        **options,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    check(args)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio  # noqa: F401  before the model: its absence shows at once
+    except ImportError as error:
+        print(f"the studio needs gradio ({error}): {INSTALL}", file=sys.stderr)
+        return 1
+    from xcomposer.studio.desk import About, Desk
+    from xcomposer.studio.workspace import Workspaces
+
+    try:
+        if args.endpoint:
+            from xcomposer.studio.endpoint import Endpoint
+
+            model: Any = Endpoint(args.endpoint, args.api_key)
+            about = About(args.endpoint)
+        else:
+            check_folder(args.model)
+            about = About.of_folder(args.model)
+            model, _ = load(args)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    workspaces = Workspaces()
+    atexit.register(workspaces.close_all)
+    addresses = args.host in LOCAL and not args.share if args.allow_addresses is None else args.allow_addresses
+    app = build(Desk(model, about, args.max_new_tokens), workspaces, args.pictures, addresses)
+    try:
+        launch(app, args)
+    except OSError as error:  # the port is taken
+        print(f"error: {error}; choose another --port", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""A studio on the demo checkpoint in this process, and a browser that looks at it."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+DEMO = REPO / "demo"
+BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+WAIT_MS = 30_000  # for anything to appear, on a machine with other work
+
+
+class Paced:
+    """A model that can be made slow: `seconds` for each token."""
+
+    def __init__(self, model):
+        self.model, self.seconds, self.steps = model, 0.0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def pace(self, ids, scores):
+        self.steps += 1
+        time.sleep(self.seconds)
+        return scores
+
+    def stream_chat(self, *args, **kwargs):
+        return self.model.stream_chat(*args, logits_processor=[self.pace], **kwargs)
+
+    def stream_webpage(self, *args, **kwargs):
+        return self.model.stream_webpage(*args, logits_processor=[self.pace], **kwargs)
+
+    def write_webpage(self, *args, **kwargs):
+        return self.model.write_webpage(*args, logits_processor=[self.pace], **kwargs)
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    if not (DEMO / "model.safetensors").is_file():
+        pytest.skip("the demo checkpoint has no weights here")
+    from transformers import AutoModel, AutoTokenizer
+
+    import xcomposer  # noqa: F401  registers the model
+
+    model = AutoModel.from_pretrained(DEMO).eval()
+    model.tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    return model
+
+
+@pytest.fixture(scope="session")
+def paced(demo_model):
+    return Paced(demo_model)
+
+
+@pytest.fixture
+def slow(paced):
+    """Call it with the seconds that a token takes from now on."""
+    yield lambda seconds: setattr(paced, "seconds", seconds)
+    paced.seconds = 0.0
+
+
+@pytest.fixture(scope="session")
+def workspaces():
+    from xcomposer.studio.workspace import Workspaces
+
+    made = Workspaces()
+    yield made
+    made.close_all()
+
+
+@pytest.fixture(scope="session")
+def address(paced, workspaces):
+    pytest.importorskip("gradio")
+    from xcomposer.studio import app
+    from xcomposer.studio.desk import About, Desk
+
+    args = app.parse(["--port", "0", "--max_upload", "1"])
+    studio = app.build(Desk(paced, About.of_folder(DEMO)), workspaces, DEMO / "pictures", addresses=False)
+    _, url, _ = app.launch(studio, args, prevent_thread_lock=True, quiet=True)
+    yield url
+    studio.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not BROWSER:
+        pytest.skip("no browser: install Debian's chromium, or set CHROMIUM to one")
+    with sync_api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the studio as a new visitor; gives the page."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=WAIT_MS)
+    contexts = []
+
+    def opened(**options):
+        usual = {"viewport": {"width": 1440, "height": 900}, "locale": "en-GB", "accept_downloads": True}
+        context = browser.new_context(**{**usual, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.goto(address)
+        expect(page.get_by_role("tab").first).to_be_visible()
+        page.wait_for_function("sessionStorage.getItem('xcomposer')")  # its workspace is there
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()

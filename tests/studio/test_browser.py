@@ -1,0 +1,469 @@
+"""The studio as its visitors meet it: what a browser shows, on the demo checkpoint."""
+
+import io
+import json
+import re
+import zipfile
+
+import pytest
+
+from .conftest import DEMO
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import expect  # noqa: E402
+
+STAR, ASKED = DEMO / "pictures" / "shapes.png", "What colour is the star?"
+PAGE = "A page for a painter. The name is Lumo. The title is red, the button is blue."
+ARTICLE = "Write about Mira and a red cat."
+TEXT_ONLY = "none: text only"
+
+
+def box(page):
+    return page.get_by_role("textbox", name=re.compile("Ask something|请提问"))
+
+
+def attach(page, *files):
+    page.locator(".question input[type=file]").set_input_files([str(file) for file in files])
+    expect(page.locator(".question").get_by_role("button", name=re.compile("remove|clear", re.I))).to_have_count(
+        len(files)
+    )
+
+
+def ask(page, question=ASKED, *files):
+    if files:
+        attach(page, *files)
+    box(page).fill(question)
+    box(page).press("Enter")
+
+
+def answers(page):
+    return page.locator(".conversation [data-testid=bot]")
+
+
+def tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True).locator("visible=true").first
+
+
+def write_page(page, instruction=PAGE):
+    tab(page, "Page")
+    page.get_by_placeholder("What should the page be?").fill(instruction)
+    button(page, "Write the page").click()
+
+
+def type_code(page, code):
+    page.get_by_role("tab", name="Code").click()
+    page.locator(".cm-content").click()
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text(code)
+    page.get_by_role("tab", name="Preview").click()
+
+
+def inside(page):
+    """The written page, in its two frames."""
+    return page.frame_locator("iframe[title=preview]").frame_locator("iframe[title=page]")
+
+
+def compose(page, instruction=ARTICLE, pictures=None):
+    tab(page, "Article")
+    page.get_by_placeholder("What should the article be about?").fill(instruction)
+    if pictures is not None:
+        page.get_by_label("Pictures in the article").click()
+        page.get_by_role("option", name=pictures).click()
+    button(page, "Compose").click()
+
+
+def written(page, steps=1):
+    """Wait for the article's steps."""
+    expect(page.locator(".steps .done")).to_have_count(steps)
+    expect(button(page, "Stop")).to_be_disabled()
+
+
+def paragraphs(page):
+    return page.get_by_role("textbox", name=re.compile("^Paragraph"))
+
+
+def at_block(page, number, name):
+    """A tool of a block, which shows when the block is under the pointer."""
+    block = page.locator("#sheet .block").nth(number)
+    block.hover()
+    block.get_by_role("button", name=name, exact=True).click()
+
+
+def saved(page, name):
+    """What a click on the button makes the browser save: (name, bytes)."""
+    with page.expect_download() as download:
+        button(page, name).click()
+    return download.value.suggested_filename, download.value.path().read_bytes()
+
+
+class TestChat:
+    def test_from_a_picture_to_a_file(self, visit):
+        page = visit()
+        ask(page, ASKED, STAR)
+        expect(answers(page)).to_have_text("yellow")
+        expect(page.locator(".conversation [data-testid=user] img[src*='.png']")).to_be_visible()
+        expect(box(page)).to_have_value("")
+        ask(page, "What shape is red?")
+        expect(answers(page)).to_have_count(2)
+        expect(page.get_by_role("radio", name=ASKED)).to_be_checked()
+        page.get_by_role("button", name="Save and open").click()
+        name, content = saved(page, "JSON")
+        assert name == "conversation.json"
+        turns = json.loads(content)["turns"]
+        assert [turns[0]["question"], turns[0]["answer"]] == [ASKED, "yellow"]
+        assert turns[0]["media"][0]["name"] == "shapes.png"
+
+    def test_a_saved_conversation_opens_again(self, visit, tmp_path):
+        file = tmp_path / "old.json"
+        file.write_text(json.dumps({"version": 1, "turns": [{"question": "Hi?", "media": [], "answer": "Hello!"}]}))
+        page = visit()
+        page.get_by_role("button", name="Save and open").click()
+        upload = page.locator("input[type=file][accept='.json']").first
+        upload.set_input_files(str(file))
+        expect(answers(page)).to_have_text("Hello!")
+        file.write_text("{}")
+        upload.set_input_files(str(file))
+        expect(page.get_by_text("no conversation that the studio saved")).to_be_visible()
+        expect(answers(page)).to_have_text("Hello!")
+
+    def test_what_is_attached_is_counted_before_it_is_sent(self, visit):
+        page = visit()
+        attach(page, STAR, DEMO / "pictures" / "crowd.png")
+        cards = page.locator(".attached .card")
+        expect(cards).to_have_count(2)
+        expect(cards.first).to_contain_text(re.compile(r"shapes.png \d+ tiles, \d+ tokens"))
+        expect(page.locator(".attached .count")).to_contain_text(re.compile(r"[\d,]+ of [\d,]+ tokens"))
+
+    def test_typed_html_stays_text(self, visit):
+        page = visit()
+        typed = "<button>press</button> <img src=x onerror=alert(1)> &lt;b&gt;"
+        ask(page, typed)
+        expect(answers(page)).to_have_count(1)
+        message = page.locator(".conversation [data-testid=user]")
+        expect(message).to_contain_text(typed)
+        assert message.locator("button", has_text="press").count() == 0
+
+    def test_stop_and_what_follows(self, visit, slow):
+        page = visit()
+        slow(0.4)
+        ask(page, "Who are you?")
+        expect(answers(page)).to_contain_text("I")
+        button(page, "Stop").click()
+        expect(page.get_by_text("Stopped.")).to_be_visible()
+        slow(0.0)
+        words = answers(page).inner_text()
+        assert "very small one" not in words
+        ask(page, "你好")
+        expect(answers(page)).to_have_count(2)
+        assert answers(page).first.inner_text() == words
+
+    def test_undo_gives_the_question_back(self, visit):
+        page = visit()
+        ask(page, "Hello!")
+        expect(answers(page)).to_contain_text("Hello! How can I help you?")
+        button(page, "Undo").click()
+        expect(answers(page)).to_have_count(0)
+        expect(box(page)).to_have_value("Hello!")
+
+    def test_a_turn_is_edited(self, visit):
+        page = visit()
+        ask(page, "Hello!")
+        expect(answers(page)).to_contain_text("Hello! How can I help you?")
+        button(page, "Edit").click()
+        page.locator(".conversation textarea").fill("Who are you?")
+        button(page, "Submit").click()
+        expect(answers(page)).to_contain_text("I am InternLM-XComposer, a very small one.")
+        expect(answers(page)).to_have_count(1)
+
+    def test_a_broken_picture_and_an_empty_message(self, visit, tmp_path):
+        broken = tmp_path / "holiday.png"
+        broken.write_bytes(STAR.read_bytes()[:100])
+        page = visit()
+        box(page).press("Enter")
+        expect(page.get_by_text("Write a question first.")).to_be_visible()
+        ask(page, ASKED, broken)
+        error = page.locator(".note.error").locator("visible=true")
+        expect(error).to_contain_text("holiday.png")
+        assert "/" not in error.inner_text()
+        expect(box(page)).to_have_value(ASKED)
+        expect(answers(page)).to_have_count(0)
+
+    def test_a_file_over_the_limit_is_refused(self, visit, tmp_path):
+        large = tmp_path / "large.png"
+        large.write_bytes(STAR.read_bytes() + bytes(2**21))
+        page = visit()
+        page.locator(".question input[type=file]").set_input_files(str(large))
+        expect(page.get_by_text(re.compile("exceed|too large|maximum", re.I)).first).to_be_visible()
+
+
+class TestTogether:
+    def test_two_at_once_each_get_their_own(self, visit):
+        one, two = visit(), visit()
+        ask(one, ASKED, STAR)
+        ask(two, "你是谁？")
+        expect(answers(one)).to_have_text("yellow")
+        expect(answers(two)).to_have_text("我是浦语·灵笔，一个很小的模型。")
+        expect(one.get_by_text("你是谁？")).to_have_count(0)
+
+    def test_who_waits_sees_the_place_and_comes_in_after_a_stop(self, visit, slow):
+        one, two = visit(), visit()
+        slow(0.4)
+        write_page(one)
+        expect(one.get_by_text("characters so far")).to_be_visible()
+        ask(two, "Hello!")
+        expect(two.get_by_text(re.compile(r"queue: \d")).first).to_be_visible()
+        button(one, "Stop").click()
+        expect(one.get_by_text("Stopped.", exact=True)).to_be_visible()
+        slow(0.0)
+        expect(answers(two)).to_contain_text("Hello! How can I help you?")
+
+    def test_a_closed_page_frees_the_model(self, visit, slow):
+        one, two = visit(), visit()
+        slow(0.4)
+        write_page(one)
+        expect(one.get_by_text("characters so far")).to_be_visible()
+        one.context.close()
+        ask(two, "Hello!")
+        expect(answers(two)).to_contain_text("Hello")
+        slow(0.0)
+        expect(answers(two)).to_contain_text("Hello! How can I help you?")
+
+    def test_a_reload_finds_everything(self, visit):
+        page = visit()
+        ask(page, ASKED, STAR)
+        expect(answers(page)).to_have_text("yellow")
+        write_page(page)
+        expect(page.get_by_text("Done:")).to_be_visible()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        page.reload()
+        expect(answers(page)).to_have_text("yellow")
+        tab(page, "Page")
+        expect(inside(page).get_by_role("heading", name="Lumo")).to_be_visible()
+        tab(page, "Article")
+        expect(paragraphs(page).first).to_have_text("Mira has a red cat.")
+
+    def test_a_reload_in_the_middle_keeps_what_was_written(self, visit, slow):
+        page = visit()
+        slow(0.3)
+        compose(page, pictures=TEXT_ONLY)
+        expect(paragraphs(page).first).to_contain_text("Mira")
+        page.reload()
+        slow(0.0)
+        tab(page, "Article")
+        expect(paragraphs(page).first).to_contain_text("Mira")
+        expect(button(page, "Compose")).to_be_enabled()
+
+    def test_a_forgotten_article_comes_back_from_the_browser(self, visit, workspaces):
+        page = visit()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        token = page.evaluate("sessionStorage.getItem('xcomposer')")
+        while token in workspaces._open:
+            workspaces.close(token)
+        page.reload()
+        tab(page, "Article")
+        expect(paragraphs(page).first).to_have_text("Mira has a red cat.")
+
+
+class TestPage:
+    def test_from_an_instruction_to_a_file(self, visit):
+        page = visit()
+        write_page(page)
+        expect(page.get_by_text("Done:")).to_be_visible()
+        expect(inside(page).get_by_role("heading", name="Lumo")).to_be_visible()
+        expect(page.get_by_role("radio", name=re.compile("^1. A page"))).to_be_checked()
+        name, content = saved(page, "Download")
+        assert name == "Lumo.html" and b"<h1>Lumo</h1>" in content
+
+    def test_a_resume_gets_its_script(self, visit):
+        page = visit()
+        tab(page, "Page")
+        page.get_by_role("tab", name="Résumé").click()
+        page.get_by_label("Or write it here").fill((DEMO / "pictures" / "resume.md").read_text())
+        button(page, "Write the page").click()
+        expect(page.get_by_text("Done:")).to_be_visible()
+        said = []
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.accept()))
+        inside(page).get_by_role("button", name="Hello").click()
+        assert said == ["Hello!"]
+
+    def test_a_screenshot_becomes_a_page(self, visit):
+        page = visit()
+        tab(page, "Page")
+        page.get_by_role("tab", name="Screenshot").click()
+        button(page, "Write the page").click()
+        expect(page.get_by_text("give a screenshot")).to_be_visible()
+        page.locator(".screenshot input[type=file]").set_input_files(str(DEMO / "pictures" / "page.png"))
+        expect(page.locator(".screenshot img")).to_be_visible()
+        button(page, "Write the page").click()
+        expect(inside(page).locator("section").first).to_have_text("Card")
+
+    def test_the_preview_follows_the_code_and_versions_come_back(self, visit):
+        page = visit()
+        write_page(page)
+        expect(page.get_by_text("Done:")).to_be_visible()
+        type_code(page, "<h1>By hand</h1>")
+        expect(inside(page).get_by_role("heading", name="By hand")).to_be_visible()
+        page.get_by_role("radio", name=re.compile("^1. A page")).check(force=True)
+        expect(inside(page).get_by_role("heading", name="Lumo")).to_be_visible()
+
+    def test_a_change_is_a_new_version(self, visit):
+        page = visit()
+        tab(page, "Page")
+        change = page.get_by_placeholder("What should be different?")
+        change.fill("The title is green.")
+        button(page, "Change").click()
+        expect(page.get_by_text("Write a page first")).to_be_visible()
+        write_page(page)
+        expect(page.get_by_text("Done:")).to_be_visible()
+        button(page, "Change").click()
+        expect(page.get_by_role("radio", name=re.compile("^2. The title is green"))).to_be_checked()
+
+    def test_a_script_reaches_neither_the_app_nor_the_network(self, visit, address):
+        page = visit()
+        tab(page, "Page")
+        type_code(
+            page,
+            "<h1>x</h1><script>const h = document.querySelector('h1'), tries = [];"
+            "for (const f of [() => parent.document.title, () => top.document.title, () => localStorage.length,"
+            " () => document.cookie]) { try { f(); tries.push('got') } catch (e) { tries.push('no') } }"
+            f"fetch('{address}config').then(() => tries.push('got'), () => tries.push('no')).then(() => "
+            f"{{ h.textContent = tries.join(' '); h.onclick = () => {{ location = '{address}' }} }})</script>",
+        )
+        heading = inside(page).get_by_role("heading")
+        expect(heading).to_have_text("no no no no no")
+        heading.click()  # the page tries to leave
+        expect(heading).to_have_count(0)
+        assert not [frame.url for frame in page.frames[1:] if frame.url.startswith(address)]
+
+    def test_hosts_are_named_and_allowed(self, visit):
+        page = visit()
+        tab(page, "Page")
+        type_code(page, '<h1>t</h1><script src="https://cdn.example/tailwind.js"></script>')
+        expect(page.get_by_text("The page wants to load from: cdn.example")).to_be_visible()
+        assert "https://cdn.example;" not in page.locator("iframe[title=preview]").get_attribute("srcdoc")
+        button(page, "Allow just these").click()
+        expect(page.get_by_text("The page wants to load from")).to_be_hidden()
+        assert "https://cdn.example;" in page.locator("iframe[title=preview]").get_attribute("srcdoc")
+
+
+class TestArticle:
+    def test_from_a_sentence_to_files(self, visit):
+        page = visit()
+        compose(page)
+        written(page, steps=4)
+        expect(page.get_by_role("textbox", name="Title")).to_have_text("Mira and the red cat")
+        expect(paragraphs(page)).to_have_count(3)
+        name, content = saved(page, "Markdown")
+        assert name == "Mira and the red cat.zip"
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            assert "Mira has a red cat." in archive.read("Mira and the red cat.md").decode()
+
+    def test_every_other_file(self, visit):
+        page = visit()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        for name, start in (("HTML", b"<!DOCTYPE html>"), ("DOCX", b"PK"), ("JSON", b"{")):
+            assert saved(page, name)[1].startswith(start)
+            page.mouse.move(10, 10)
+
+    def test_typing_moving_deleting_and_back(self, visit):
+        page = visit()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        typed = "Mira has <b>two</b> cats."
+        paragraphs(page).first.fill(typed)
+        page.get_by_role("textbox", name="Title").click()
+        expect(button(page, "Undo")).to_be_enabled()
+        at_block(page, 0, "Down")
+        expect(paragraphs(page).nth(1)).to_have_text(typed)
+        at_block(page, 0, "Delete")
+        expect(paragraphs(page)).to_have_count(2)
+        button(page, "Undo").click()
+        expect(paragraphs(page)).to_have_count(3)
+        button(page, "Undo").click()
+        expect(paragraphs(page).first).to_have_text(typed)
+        paragraphs(page).first.press("Control+z")
+        expect(paragraphs(page).first).to_have_text("Mira has a red cat.")
+        button(page, "Redo").click()
+        expect(paragraphs(page).first).to_have_text(typed)
+
+    def test_an_edit_stands_beside_the_old_text_until_it_is_kept(self, visit):
+        page = visit()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        at_block(page, 0, "Rewrite")
+        note = page.get_by_placeholder("A note for the model")
+        note.fill("a blue dog")
+        note.press("Enter")
+        expect(button(page, "Keep")).to_be_visible()
+        expect(page.locator(".ghost .old")).to_contain_text("Mira has a red cat.")
+        button(page, "Discard").click()
+        expect(paragraphs(page).first).to_have_text("Mira has a red cat.")
+        at_block(page, 0, "Shorten")
+        expect(button(page, "Keep")).to_be_visible()
+        new = page.locator(".ghost .new p").inner_text()
+        button(page, "Keep").click()
+        expect(paragraphs(page).first).to_have_text(new)
+
+    def test_a_picture_by_hand(self, visit):
+        page = visit()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        at_block(page, 0, "Picture here")
+        expect(page.get_by_text("No picture yet")).to_be_visible()
+        with page.expect_file_chooser() as chooser:
+            at_block(page, 1, "Upload")
+        chooser.value.set_files(str(STAR))
+        picture = page.locator("#sheet figure img")
+        expect(picture).to_be_visible()
+        page.get_by_role("textbox", name="Caption").fill("A star & more")
+        page.get_by_role("textbox", name="Title").click()
+        expect(picture).to_have_attribute("alt", "A star & more")
+        _, content = saved(page, "HTML")
+        assert b"A star &amp; more" in content and b"data:image/png;base64," in content
+
+    def test_stop_keeps_what_is_written(self, visit, slow):
+        page = visit()
+        slow(0.3)
+        compose(page)
+        expect(paragraphs(page).first).to_contain_text("Mira")
+        button(page, "Stop").click()
+        expect(page.get_by_text("Stopped.", exact=True)).to_be_visible()
+        slow(0.0)
+        expect(paragraphs(page).first).to_contain_text("Mira")
+        expect(button(page, "Stop")).to_be_disabled()
+        expect(page.locator(".steps .on")).to_have_count(0)
+
+    def test_its_json_opens_again_and_lost_pictures_are_asked_for(self, visit, tmp_path):
+        blocks = [{"id": "b1", "text": "One."}, {"id": "b2", "kind": "picture", "picture": "gone", "caption": "c"}]
+        file = tmp_path / "article.json"
+        file.write_text(json.dumps({"version": 1, "title": "Old", "instruction": "x", "blocks": blocks}))
+        page = visit()
+        tab(page, "Article")
+        page.locator("input[type=file][accept='.json']").last.set_input_files(str(file))
+        expect(paragraphs(page)).to_have_text(["One."])
+        expect(page.get_by_text("Pictures that are not here any more: 1.")).to_be_visible()
+
+
+class TestLooks:
+    def test_chinese(self, visit):
+        page = visit(locale="zh-CN")
+        expect(page.get_by_role("tab", name="网页")).to_be_visible()
+        page.get_by_text("English", exact=True).click()
+        expect(page.get_by_role("tab", name="Page")).to_be_visible()
+        page.get_by_text("中文", exact=True).click()
+        expect(page.get_by_role("tab", name="文章")).to_be_visible()
+        ask(page, "你好")
+        expect(answers(page)).to_contain_text("你好")
+
+    @pytest.mark.parametrize("name", ["Chat", "Page", "Article"])
+    def test_a_phone_needs_no_sideways_scrolling(self, visit, name):
+        page = visit(viewport={"width": 390, "height": 844})
+        tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,0 +1,301 @@
+"""The page tab."""
+
+import html
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from xcomposer.article import Article, file_name
+from xcomposer.studio.desk import KINDS
+from xcomposer.studio.frame import hosts_of, preview, title_of, window
+from xcomposer.studio.media import EXPECTED, one_line, without_paths
+from xcomposer.studio.pages import Pages, Version
+from xcomposer.studio.shell import AT_ONCE, MODEL, Shell, choices_of, said
+from xcomposer.studio.texts import text
+from xcomposer.studio.workspace import Workspace
+
+EVERY_S = 0.2  # between two previews of a page that is being written
+MOST_RESUME = 2**18  # bytes
+DEVICES = ("desktop", "tablet", "phone")
+# The page in a window of its own: a document of ours, with the page in the same two frames as in the preview.
+OPEN_WINDOW = "(page) => { if (page) window.open(URL.createObjectURL(new Blob([page], {type: 'text/html'}))) }"
+
+
+class PageTab:
+    def __init__(self, shell: Shell):
+        self.shell, self.desk = shell, shell.desk
+        label, about = shell.labelled, self.desk.about
+        with label(gr.Tab(id="page"), label="page"), gr.Row(elem_classes="workbench"):
+            with gr.Column(scale=1, min_width=300, elem_classes="side"):
+                self.kind = gr.State(KINDS[0])
+                with gr.Tabs(selected=KINDS[0]):
+                    with label(gr.Tab(id=KINDS[0]), label="instruction") as first:
+                        self.instruction = label(
+                            gr.Textbox(lines=5, max_lines=14, show_label=False, label="Instruction"),
+                            placeholder="page_placeholder",
+                        )
+                        if about.page:
+                            gr.Examples([[example] for example in about.page], [self.instruction], label="")
+                    with label(gr.Tab(id=KINDS[1]), label="resume") as second:
+                        self.resume_file = label(
+                            gr.File(file_types=[".md", ".txt"], type="filepath", height=110), label="resume_file"
+                        )
+                        self.resume = label(gr.Textbox(lines=6, max_lines=14), label="resume_text")
+                        if about.resume:
+                            gr.Examples([[about.resume]], [self.resume_file], label="")
+                    with label(gr.Tab(id=KINDS[2]), label="screenshot") as third:
+                        self.screenshot = label(
+                            gr.Image(
+                                sources=["upload", "clipboard"], type="filepath", height=200, elem_classes="screenshot"
+                            ),
+                            label="screenshot_file",
+                        )
+                        self.wish = label(gr.Textbox(lines=2), label="screenshot_text")
+                        if about.screenshot:
+                            gr.Examples([[about.screenshot]], [self.screenshot], label="")
+                with gr.Row():
+                    self.write = label(gr.Button(variant="primary", min_width=120), value="write_page")
+                    self.halt = label(gr.Button(variant="stop", min_width=80, interactive=False), value="stop")
+                self.note = gr.HTML()
+                self.wanted = label(gr.Textbox(lines=2), label="change_label", placeholder="change_placeholder")
+                self.change = label(gr.Button(size="sm"), value="change")
+                self.versions = label(gr.Radio([], elem_classes="list"), label="versions")
+            with gr.Column(scale=2, min_width=320):
+                with gr.Row(elem_classes="tools"):
+                    self.device = label(
+                        gr.Radio(
+                            [(name, name) for name in DEVICES],
+                            value=DEVICES[0],
+                            container=False,
+                            scale=1,
+                            elem_classes="segments",
+                        ),
+                        label="width",
+                    )
+                    self.download = label(gr.Button(size="sm", scale=0, min_width=110), value="download")
+                    self.open = label(gr.Button(size="sm", scale=0, min_width=170), value="open")
+                with gr.Row(visible=False, elem_classes="hosts") as self.hosts_row:
+                    self.hosts = gr.HTML()
+                    self.allow = label(gr.Button(size="sm", scale=0, min_width=150), value="allow_hosts")
+                with gr.Tabs():
+                    with label(gr.Tab(id="preview"), label="preview"):
+                        self.preview = gr.HTML(elem_classes="preview")
+                    with label(gr.Tab(id="code"), label="code"):
+                        self.code = gr.Code(language="html", show_label=False, label="Code", lines=24, max_lines=32)
+                self.window = gr.Textbox(visible=False)
+        for tab, kind in ((first, KINDS[0]), (second, KINDS[1]), (third, KINDS[2])):
+            tab.select(lambda kind=kind: kind, None, self.kind, **AT_ONCE)
+        self._wire()
+        shell.restores(self._restore, [self.device, *self.shown])
+
+    def _wire(self) -> None:
+        shell = self.shell
+        self.shown = [self.preview, self.code, self.versions, self.hosts_row, self.hosts, self.note, self.halt]
+        start = [shell.token, shell.language, self.device]
+        asked = [*start, self.kind, self.instruction, self.resume_file, self.resume, self.screenshot, self.wish]
+        running = [
+            self.write.click(self.begin, start, self.shown, **AT_ONCE).then(
+                self.write_page, [*asked, *shell.choices], self.shown, **MODEL
+            ),
+            self.change.click(self.begin, start, self.shown, **AT_ONCE).then(
+                self.change_page, [*start, self.wanted, *shell.choices], [*self.shown, self.wanted], **MODEL
+            ),
+        ]
+        self.halt.click(self.stop, [*start, self.code], self.shown, cancels=running, **AT_ONCE)
+        self.code.input(self.edit, [*start, self.code], self.shown, trigger_mode="always_last", **AT_ONCE)
+        self.versions.input(self.show_version, [*start, self.versions], self.shown, cancels=running, **AT_ONCE)
+        self.device.input(self.show, start, self.shown, **AT_ONCE)
+        self.allow.click(self.allow_hosts, start, self.shown, **AT_ONCE)
+        shell.downloads(self.download.click, self._file, [], self.note)
+        self.open.click(self._window, [shell.token], self.window, **AT_ONCE).success(
+            None, self.window, None, js=OPEN_WINDOW
+        )
+
+    # --------------------------------------------------------------------------------------------------------- showing
+
+    def _shown(self, workspace: Workspace, language: str, device: str, note: str = "", writing: bool = False) -> tuple:
+        pages = workspace.pages
+        code = pages.now.code if pages.now else ""
+        return (
+            self._preview(code, language, device, pages),
+            code,
+            self._versions(pages, language),
+            *self._hosts(code, language, pages),
+            note,
+            gr.update(interactive=writing),
+        )
+
+    @staticmethod
+    def _preview(code: str, language: str, device: str, pages: Pages) -> str:
+        device = device if device in DEVICES else DEVICES[0]
+        empty = f'<div class="empty">{html.escape(text("page_empty", language))}</div>'
+        return preview(code, device, pages.hosts) or empty
+
+    @staticmethod
+    def _versions(pages: Pages, language: str) -> Any:
+        rows = [
+            (f"{at + 1}. {(version.label or version.query)[:60] or text('by_hand', language)}", at)
+            for at, version in enumerate(pages.versions)
+        ]
+        return gr.update(choices=rows[::-1], value=pages.at if rows else None, visible=bool(rows))
+
+    @staticmethod
+    def _hosts(code: str, language: str, pages: Pages) -> tuple[Any, str]:
+        wanted = [host for host in hosts_of(code) if host not in pages.hosts]
+        line = said(text("wants_hosts", language, ", ".join(wanted))) if wanted else ""
+        return gr.update(visible=bool(wanted)), line
+
+    def _restore(self, workspace: Workspace, language: str) -> Sequence[Any]:
+        rows = [(text(name, language), name) for name in DEVICES]
+        return gr.update(choices=rows), *self._shown(workspace, language, DEVICES[0])
+
+    def show(self, token: str, language: str, device: str) -> tuple:
+        """As it is, at this width."""
+        workspace = self.shell.workspace(token)
+        writing = "page" in workspace.running
+        return (gr.skip(),) * 7 if writing else self._shown(workspace, language, device)
+
+    # --------------------------------------------------------------------------------------------------------- writing
+
+    def begin(self, token: str, language: str, device: str) -> tuple:
+        """The buttons change before the model's turn comes."""
+        workspace = self.shell.workspace(token)
+        workspace.begin("page")
+        return *(gr.skip(),) * 5, "", gr.update(interactive=True)
+
+    def write_page(
+        self, token: str, language: str, device: str, kind: str, instruction: str, resume_file: str | None,
+        resume: str, screenshot: str | None, wish: str, *choices: Any,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """A page from the open tab's input."""
+        workspace = self.shell.workspace(token)
+
+        def read() -> tuple[str, Any, str]:
+            if kind == "resume":
+                words = _text_of(resume_file) if resume_file else resume or ""
+                return words, None, text("resume", language)
+            if kind == "screenshot":
+                return wish or "", workspace.media(screenshot) if screenshot else None, text("screenshot", language)
+            return instruction or "", None, (instruction or "").strip()
+
+        yield from self._writing(workspace, language, device, kind, read, [], choices)
+
+    def change_page(self, token: str, language: str, device: str, change: str, *choices: Any) -> Iterator[tuple]:
+        """The shown page, changed: a further turn that has it before it."""
+        workspace = self.shell.workspace(token)
+
+        def read() -> tuple[str, Any, str]:
+            if not workspace.pages.now:
+                raise ValueError(text("nothing_to_change", language))
+            if not (change or "").strip():
+                raise ValueError(text("nothing_changed", language))
+            return change.strip(), None, change.strip()
+
+        history = workspace.pages.history()
+        before = len(workspace.pages.versions)
+        for shown in self._writing(workspace, language, device, "instruction", read, history, choices):
+            done = len(workspace.pages.versions) > before
+            yield *shown, "" if done else gr.skip()
+
+    def _writing(
+        self, workspace: Workspace, language: str, device: str, kind: str, read: Any, history: list, choices: Sequence
+    ) -> Iterator[tuple]:
+        """Write with the model; what there is when it stops or fails stays as a version."""
+        work = workspace.running.get("page")
+        if work is None:
+            yield (gr.skip(),) * 7
+            return
+        pages, code, query, name, steps, seen = workspace.pages, "", "", "", 0, 0.0
+        kept = False
+
+        def keep() -> None:
+            nonlocal kept
+            if not kept and code.strip():
+                pages.add(Version(code, query or name, name))
+            kept = True
+
+        try:
+            query, screenshot, name = read()
+            with closing(self.desk.page(kind, query, screenshot, history, choices_of(choices))) as codes:
+                for so_far in codes:
+                    if not workspace.goes_on("page", work):
+                        return
+                    steps, code = steps + 1, so_far or code
+                    if time.monotonic() - seen > EVERY_S:
+                        count = ("characters", len(code)) if code else ("tokens", steps)
+                        yield (
+                            self._preview(code, language, device, pages), code, gr.skip(), gr.skip(), gr.skip(),
+                            said(text(*count[:1], language, count[1])), gr.skip(),
+                        )  # fmt: skip
+                        seen = time.monotonic()
+            keep()
+            workspace.end("page", work)
+            yield self._shown(workspace, language, device, said(text("done_page", language, len(code))))
+        except EXPECTED as error:
+            keep()
+            if workspace.end("page", work):
+                yield self._shown(workspace, language, device, said(one_line(error), "error"))
+        finally:
+            if workspace.end("page", work) or workspace.running.get("page") is None:
+                keep()
+
+    def stop(self, token: str, language: str, device: str, code: str) -> tuple:
+        """What was written stays, as a version."""
+        workspace = self.shell.workspace(token)
+        if workspace.end("page"):
+            workspace.pages.add(Version(code or "", text("stopped", language), text("stopped", language)))
+        return self._shown(workspace, language, device, said(text("stopped", language)))
+
+    # ------------------------------------------------------------------------------------------- versions, edits, files
+
+    def edit(self, token: str, language: str, device: str, code: str) -> tuple:
+        """The preview follows the code."""
+        workspace = self.shell.workspace(token)
+        if "page" in workspace.running:
+            return (gr.skip(),) * 7
+        workspace.pages.edited(code or "")
+        shown = self._shown(workspace, language, device)
+        return shown[0], gr.skip(), *shown[2:]
+
+    def show_version(self, token: str, language: str, device: str, at: int | None) -> tuple:
+        workspace = self.shell.workspace(token)
+        workspace.end("page")
+        if isinstance(at, int) and 0 <= at < len(workspace.pages.versions):
+            workspace.pages.at = at
+        return self._shown(workspace, language, device)
+
+    def allow_hosts(self, token: str, language: str, device: str) -> tuple:
+        """The preview may load from the hosts that the shown page names."""
+        workspace = self.shell.workspace(token)
+        pages = workspace.pages
+        if pages.now:
+            pages.hosts = tuple(sorted({*pages.hosts, *hosts_of(pages.now.code)}))
+        return self._shown(workspace, language, device)
+
+    @staticmethod
+    def _file(workspace: Workspace, language: str) -> tuple[str, bytes]:
+        version = workspace.pages.now
+        if version is None:
+            raise ValueError(text("page_empty", language))
+        return file_name(Article(title=title_of(version.code) or "page"), ".html"), version.code.encode()
+
+    def _window(self, token: str) -> str:
+        pages = self.shell.workspace(token).pages
+        return window(pages.now.code, pages.hosts) if pages.now else ""
+
+
+def _text_of(path: str) -> str:
+    """A resume's text. Raises: ValueError: too long, or no UTF-8; has the file's own name."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > MOST_RESUME:
+            raise ValueError(f"{file.name} is over {MOST_RESUME} bytes: a resume is shorter")
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is no UTF-8 text: save it as Markdown in UTF-8") from error
+    except OSError as error:
+        raise ValueError(without_paths(str(error), file)) from error

@@ -1,0 +1,181 @@
+"""What the tabs share on the page: texts in two languages, the settings drawer, the model's queue, downloads."""
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from xcomposer.studio.desk import Choices, Desk
+from xcomposer.studio.texts import LANGUAGES, TEXTS, text
+from xcomposer.studio.workspace import Workspace, Workspaces
+
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # whoever needs the model waits in one queue
+AT_ONCE = {"queue": False, "show_progress": "hidden"}
+EVERY_S = 0.1  # between two pictures of what is being written
+NOTE = '<p role="status" class="note {}">{}</p>'
+# A click on the hidden link, once its file has come.
+PRESS = "() => setTimeout(() => document.querySelector('#download a, a#download, #download')?.click(), 300)"
+
+# What the page kept: in the tab, who its visitor is; in the browser, the article and the language.
+STORED = """(token, article, language) => [
+    sessionStorage.getItem('xcomposer') || '', localStorage.getItem('xcomposer-article') || '',
+    localStorage.getItem('xcomposer-language') || language,
+]"""
+
+
+def said(message: str, kind: str = "") -> str:
+    """A line beside a control. kind: "error", or "" for plain words."""
+    return NOTE.format(kind, html.escape(message)) if message else ""
+
+
+class Shell:
+    """The page around the tabs.
+
+    Args:
+        desk, workspaces: the logic.
+        folder: the operator's pictures for articles; None: none.
+        addresses: whether the visitor may have this machine fetch from an address.
+    """
+
+    def __init__(self, desk: Desk, workspaces: Workspaces, folder: Path | None = None, addresses: bool = False):
+        self.desk, self.workspaces, self.folder, self.addresses = desk, workspaces, folder, addresses
+        self._labelled: list[tuple[Any, dict[str, str]]] = []
+        self._restored: list[tuple[Callable[[Workspace, str], Sequence[Any]], list[Any]]] = []
+
+    def workspace(self, token: str) -> Workspace:
+        """Raises: gr.Error: the visitor was away too long."""
+        try:
+            return self.workspaces[token]
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+
+    def labelled(self, component: Any, **keys: str) -> Any:
+        """The component, whose properties are texts by key: in English now, in Chinese when that is chosen."""
+        self._labelled.append((component, keys))
+        for name, key in keys.items():
+            setattr(component, name, TEXTS[key][0])
+        return component
+
+    def restores(self, fill: Callable[[Workspace, str], Sequence[Any]], outputs: list[Any]) -> None:
+        """`fill(workspace, language)` gives these outputs when a page is opened and when the language changes."""
+        self._restored.append((fill, outputs))
+
+    def header(self) -> None:
+        """Title, model, language and the settings drawer."""
+        self.token = gr.State("", time_to_live=None, delete_callback=self.workspaces.close)
+        self.stored = gr.Textbox(visible=False)
+        self.saved_article = gr.Textbox(visible=False)
+        with gr.Row(elem_classes="header"):
+            self.title = gr.HTML(self._title("en"), elem_classes="title")
+            self.language = gr.Radio(
+                list(LANGUAGES), value="English", show_label=False, label="Language", elem_classes="language segments",
+                container=False, min_width=150, scale=0,
+            )  # fmt: skip
+        with self.labelled(gr.Accordion(open=False, elem_classes="settings"), label="settings"), gr.Row():
+            exact = [(TEXTS["exact"][0], True), (TEXTS["varied"][0], False)]
+            self.exact = self.labelled(gr.Radio(exact, value=True, min_width=170), label="answers")
+            number = {"value": None, "min_width": 130}
+            self.choices = [
+                self.exact,
+                self._number("seed", "seed_info", value=-1, precision=0, minimum=-1, min_width=130),
+                self._number("beams", "beams_info", value=1, precision=0, minimum=1, maximum=16, min_width=130),
+                self._number("temperature", minimum=0.01, maximum=10, step=0.1, **number),
+                self._number("top_p", minimum=0.01, maximum=1, step=0.05, **number),
+                self._number("penalty", minimum=0.1, maximum=10, step=0.05, **number),
+                self._number("hd_num", precision=0, minimum=1, maximum=64, **number),
+                self._number("length", precision=0, minimum=1, maximum=32768, **number),
+            ]
+        self.link = gr.DownloadButton("file", elem_id="download", visible="hidden")
+
+    def _number(self, key: str, info: str = "empty_default", **options: Any) -> gr.Number:
+        return self.labelled(gr.Number(**options), label=key, info=info)
+
+    def _title(self, language: str) -> str:
+        about = self.desk.about
+        knows = about.knows.get(LANGUAGES.get(language, language), "")
+        line = f" · {html.escape(text('knows', language, knows))}" if knows else ""
+        return f"<h1>XComposer Studio</h1><p><b>{html.escape(about.name)}</b>{line}</p>"
+
+    def footer(self, app: gr.Blocks) -> None:
+        """What happens when the page is opened, and when another language is chosen."""
+        filled = [output for _, outputs in self._restored for output in outputs]
+        labels = [component for component, _ in self._labelled]
+
+        def dressed(language: str) -> list[Any]:
+            updates = [
+                gr.update(**{name: text(key, language) for name, key in keys.items()}) for _, keys in self._labelled
+            ]
+            return [self._title(language), *updates]
+
+        def open_page(stored: str, saved: str, language: str, request: gr.Request) -> list[Any]:
+            workspace = self.workspaces.open(stored)
+            if saved and not workspace.draft.now.blocks:
+                self.reopen(workspace, saved)
+            accepted = request.headers.get("accept-language", "") if request else ""
+            if workspace.holders == 1 and accepted.lower().startswith("zh"):
+                language = "中文"
+            values = [value for fill, _ in self._restored for value in fill(workspace, language)]
+            return [workspace.token, workspace.token, language, *dressed(language), *values]
+
+        def relabel(token: str, language: str) -> list[Any]:
+            workspace = self.workspace(token)
+            return [*dressed(language), *(value for fill, _ in self._restored for value in fill(workspace, language))]
+
+        app.load(
+            open_page,
+            [self.stored, self.saved_article, self.language],
+            [self.token, self.stored, self.language, self.title, *labels, *filled],
+            js=STORED,
+            **AT_ONCE,
+        ).then(None, self.stored, None, js="(token) => { sessionStorage.setItem('xcomposer', token) }")
+        self.language.input(
+            relabel,
+            [self.token, self.language],
+            [self.title, *labels, *filled],
+            js="(t, l) => { localStorage.setItem('xcomposer-language', l); return [t, l] }",
+            **AT_ONCE,
+        )
+
+    def reopen(self, workspace: Workspace, saved: str) -> None:
+        """The article that the browser kept, where this server has forgotten it; another text is left alone."""
+        from xcomposer.article import Article
+
+        try:
+            workspace.draft.now = Article.from_json(saved)
+        except ValueError:
+            return
+
+    def downloads(
+        self, trigger: Callable, make: Callable[..., tuple[str, bytes] | None], inputs: list, note: Any
+    ) -> None:
+        """On a trigger, `make(workspace, language, ...)` gives a name and bytes, and the browser saves them."""
+
+        def write(token: str, language: str, *values: Any) -> tuple[Any, str]:
+            workspace = self.workspace(token)
+            try:
+                name, content = make(workspace, language, *values)
+            except (ValueError, ImportError, OSError) as error:
+                return gr.update(value=None), said(str(error), "error")
+            folder = workspace.folder / "out"
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+            return gr.update(value=str(folder / name)), ""
+
+        trigger(write, [self.token, self.language, *inputs], [self.link, note], **AT_ONCE).success(None, js=PRESS)
+
+
+def choices_of(values: Sequence[Any]) -> Choices:
+    """The drawer's values, in the order of `Shell.choices`."""
+    exact, seed, beams, temperature, top_p, penalty, hd_num, length = values
+    return Choices(
+        exact=bool(exact),
+        seed=int(-1 if seed is None else seed),
+        beams=int(beams or 1),
+        temperature=temperature,
+        top_p=top_p,
+        penalty=penalty,
+        hd_num=int(hd_num) if hd_num else None,
+        length=int(length) if length else None,
+    )
