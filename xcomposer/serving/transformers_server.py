@@ -91,32 +91,35 @@ async def show_model(request: Request) -> Response:
 
 
 async def complete(request: Request) -> Response:
-    """Answer a chat: whole, or as server-sent events."""
+    """A chat's answer."""
     require_key(request)
-    engine: Engine = request.app.state.engine
-    most = request.app.state.max_body
-    room = Room(engine, BODIES * most)
-
-    async def answer() -> Response:
-        try:
-            job = await engine.submit(asked)
-            if asked.stream:
-                return EventStream(job, events_of(job, head), room)
-            return JSONResponse({"object": "chat.completion", **head, **await whole(job)})
-        except Exception as error:
-            raise as_api_error(error) from error
-
-    response = None
+    engine, most = request.app.state.engine, request.app.state.max_body
+    room, response = Room(engine, BODIES * most), None
     try:
         body = await read_body(request, most, room)
         asked = await asyncio.to_thread(read_request, body) if len(body) > LARGE else read_request(body)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        del body
-        response = await unless_gone(request.receive, answer())
+        del body  # pictures in base64: the request has them
+        response = await unless_gone(request.receive, answer(engine, asked, room))
         return response
     finally:
         if not isinstance(response, EventStream):  # which gives the room back when it has ended
             room.close()
+
+
+async def answer(engine: Engine, asked: ChatRequest, room: Room) -> Response:
+    """What the model says: whole, or as server-sent events.
+
+    Raises:
+        APIError: whatever went wrong before the first event.
+    """
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+    try:
+        job = await engine.submit(asked)
+        if asked.stream:
+            return EventStream(job, events_of(job, head), room)
+        return JSONResponse({"object": "chat.completion", **head, **await whole(job)})
+    except Exception as error:
+        raise as_api_error(error) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- going in
