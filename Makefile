@@ -56,6 +56,10 @@ test-vllm: $(VLLM_VENV)/ready
 test-studio: $(VENV)/ready
 	$(VENV)/bin/python -m pytest tests/studio
 
+## Golden cases and the release's sizes on a card: make gpu (--device cpu --preset tiny goes the same way without one)
+gpu: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/gpu.py $(GPU)
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy

@@ -8,8 +8,6 @@ the ratios, not the seconds.
 import argparse
 import gc
 import importlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import platform
@@ -32,21 +30,18 @@ from PIL import Image, ImageDraw  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList  # noqa: E402
 
+from xcomposer.machine import processor_name  # noqa: E402
+
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results"
-PACKAGE = "ixc_code"  # the repo's top level, importable as one package
 
 OPEN, CLOSE = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 MIB = 2**20
 
 
 def code(module: str):
-    """A top-level module of the repo, whose files import each other relatively."""
-    if PACKAGE not in sys.modules:
-        spec = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
-        spec.submodule_search_locations = [str(REPO)]
-        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{PACKAGE}.{module}")
+    """A module of the model's own."""
+    return importlib.import_module(f"xcomposer.model.{module}")
 
 
 # ------------------------------------------------------------------------------------------------------------- presets
@@ -506,18 +501,13 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def processor() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def environment(options) -> dict[str, Any]:
     """Versions, hardware, and how busy the machine is."""
     about = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cpu": processor(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "clock": options.clock,
         "load": round(os.getloadavg()[0], 2),

@@ -52,6 +52,9 @@ TRAIN_PIECES = {
 
 
 def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of the tests named on_device")
+    parser.addoption("--attention", default="sdpa", help="of the tests named on_device")
+    parser.addoption("--static", action="store_true", help="a static cache in the tests named on_device")
     parser.addoption("--remote-code", action="store_true", help="load by trust_remote_code, not by the package")
 
 
@@ -119,6 +122,17 @@ class RecordedTokenizer:
 
 def load(folder, **kwargs):
     return AutoModel.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
+
+
+@pytest.fixture(scope="session")
+def on_device(request, golden_checkpoint):
+    """The recorded tiny model where and how the command line says; `benchmarks/gpu.py` asks for it."""
+    attention = request.config.getoption("--attention")
+    dtype = torch.bfloat16 if attention.startswith("flash") else torch.float32  # flash attention knows no fp32
+    model = load(golden_checkpoint, attn_implementation=attention, dtype=dtype)
+    if request.config.getoption("--static"):
+        model.generation_config.cache_implementation = "static"
+    return model.to(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,13 @@ def test_chat(model, golden_tokenizer, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_chat_on_device(on_device, golden_tokenizer, case):
+    """By default on the CPU with SDPA; `benchmarks/gpu.py` runs it on a card in every mode."""
+    run_chat(on_device, golden_tokenizer, case)
+    assert golden_tokenizer.decoded[-1] == case["output_ids"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_first_step(model, golden_tokenizer, monkeypatch, case):
     monkeypatch.setattr(model, "tokenizer", golden_tokenizer)
     inputs, mask, length = wrap(model, case)
