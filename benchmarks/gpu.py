@@ -5,9 +5,9 @@
 
 The golden cases run first, in fp32, under eager attention, SDPA and a static cache (compiled on a card), and under
 flash attention in bf16 where it can be loaded. Then one model of the preset's sizes with random weights: first token of
-24 tiles and of a video of 32 frames, decoding at batch 1, 4, 16 and with 3 beams, eager and compiled, in bf16 and in nf4,
-peak memory, and a prompt of 96,000 tokens. A floor is FLOPs over the matmul rate, or bytes over the bandwidth, measured
-in the same run. What does not fit into `--budget` seconds is named as left out.
+24 tiles and of a video of 32 frames, decoding at batch 1, 4, 16 and with 3 beams, eager and compiled, in bf16 and in
+nf4, peak memory, and a prompt of 96,000 tokens. A floor is FLOPs over the matmul rate, or bytes over the bandwidth,
+measured in the same run. What does not fit into `--budget` seconds is named as left out.
 
 Exit code 1: a golden case failed. 2: there is no card.
 """
