@@ -117,12 +117,13 @@ class JointAdapter(NamedTuple):
     B: Tensor | None
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedProjection(nn.Module):
     """A linear with partial LoRA for image tokens and task adapters for every token.
 
     y = W x + (alpha / r) B(A(x)) [image tokens] + sum of B_t(A_t(x)) over the active task adapters t
 
-    The parts are siblings, so that vLLM, PEFT and quantisers may replace `linear` alone. Source: partial LoRA of
+    The parts are siblings, so that vLLM, PEFT and quantisers may replace `linear` alone; the class's name has no
+    "linear" in it, by which some trainers (ms-swift) look for layers to put a LoRA on. Source: partial LoRA of
     InternLM-XComposer2 (arXiv:2401.16420, section 3.1).
     """
 
@@ -140,7 +141,7 @@ class AdaptedLinear(nn.Module):
         self.task_A = nn.ModuleDict({name: nn.Linear(in_features, rank, bias=False) for name, rank in ranks.items()})
         self.task_B = nn.ModuleDict({name: nn.Linear(rank, out_features, bias=False) for name, rank in ranks.items()})
         self.joint: JointAdapter | None = None
-        self.register_state_dict_pre_hook(AdaptedLinear.part)  # tensors that share memory are no good to a file
+        self.register_state_dict_pre_hook(AdaptedProjection.part)  # tensors that share memory are no good to a file
 
     def _apply(self, *args, **kwargs):
         self.part()  # `.to(..)` moves each weight by itself, or none

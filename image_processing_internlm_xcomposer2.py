@@ -16,6 +16,7 @@ from .configuration_internlm_xcomposer2 import VISION_DEFAULTS, InternLMXcompose
 from .ixc_utils import TILE, PictureLayout
 from .kinds_internlm_xcomposer2 import COMMON
 from .media_internlm_xcomposer2 import load_media
+from .remote_code_internlm_xcomposer2 import attach_to_package
 
 # Arguments that say where a file is to be found; what is left after reading is for the constructor.
 HUB_OPTIONS = (
@@ -189,5 +190,7 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         """See `read_fields`."""
         return cls.read_fields(super().get_image_processor_dict, pretrained_model_name_or_path, **kwargs)
 
+
+attach_to_package(__name__)
 
 __all__ = ["InternLMXComposer2ImageProcessor"]

@@ -21,7 +21,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .build_mlp import AdaptedLinear
+from .build_mlp import AdaptedProjection
 from .configuration_internlm_xcomposer2 import InternLM2Config
 
 
@@ -130,8 +130,8 @@ class Attention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.wqkv = AdaptedLinear(config, "wqkv", config.hidden_size, heads * config.head_dim)
-        self.wo = AdaptedLinear(config, "wo", config.hidden_size, config.hidden_size)
+        self.wqkv = AdaptedProjection(config, "wqkv", config.hidden_size, heads * config.head_dim)
+        self.wo = AdaptedProjection(config, "wo", config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -168,9 +168,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: InternLM2Config):
         super().__init__()
-        self.w1 = AdaptedLinear(config, "w1", config.hidden_size, config.intermediate_size)
-        self.w3 = AdaptedLinear(config, "w3", config.hidden_size, config.intermediate_size)
-        self.w2 = AdaptedLinear(config, "w2", config.intermediate_size, config.hidden_size)
+        self.w1 = AdaptedProjection(config, "w1", config.hidden_size, config.intermediate_size)
+        self.w3 = AdaptedProjection(config, "w3", config.hidden_size, config.intermediate_size)
+        self.w2 = AdaptedProjection(config, "w2", config.intermediate_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, image_tokens: Tensor | None, adapters: tuple[str, ...]) -> Tensor:
@@ -231,7 +231,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
 
 
 def route_image_tokens(mask: Tensor, dense: bool, dtype: torch.dtype) -> Tensor:
-    """The form of a boolean image mask (B, T) that `AdaptedLinear` takes.
+    """The form of a boolean image mask (B, T) that `AdaptedProjection` takes.
 
     `dense` gives a mask (B, T, 1) in `dtype`; otherwise the integer rows (R,) of the flattened batch, found here once
     a call (the one point where a GPU waits for the host).
@@ -253,6 +253,17 @@ class InternLM2Model(InternLM2PreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _check_task_adapters(self, adapters: tuple[str, ...], infer_mode: str) -> None:
+        """Raise a ValueError for adapters that are not in memory: only the model with the head can load them."""
+        resident = self.layers[0].attention.wqkv.task_A
+        missing = [name for name in adapters if name not in resident]
+        if missing:
+            raise ValueError(
+                f"infer_mode={infer_mode!r} needs the task adapters {missing}, which are not in memory, and the part "
+                f"without the head cannot load them; call load_task_adapters({missing}) of the whole model first, or "
+                f"load it with task_adapters='all'"
+            )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -309,6 +320,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         )
         position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype, rope_length)
         adapters = self.config.adapters_of(infer_mode)
+        self._check_task_adapters(adapters, infer_mode)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(

@@ -19,6 +19,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, config_of, first_given
 from .prompting_internlm_xcomposer2 import IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE
+from .remote_code_internlm_xcomposer2 import attach_to_package
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
 CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url")  # as in chat_template.jinja
@@ -256,7 +257,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return re.sub(f"({slots})(?!{slots}|$)", lambda slot: slot[0] + self.tokenizer.bos_token, text)
 
     def _image_rows(self, images: Any, texts: list[str]) -> list[list[Any]]:
-        if images is None:
+        if images is None or (isinstance(images, list | tuple) and not images):
             return [[] for _ in texts]
         if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
             return self._matching([row or [] for row in images], len(texts), "image")
@@ -264,7 +265,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return share_out(items, [text.count(self.image_token) for text in texts], "image")
 
     def _video_rows(self, videos: Any, texts: list[str]) -> list[list[Any]]:
-        if videos is None:
+        if videos is None or (isinstance(videos, list | tuple) and not videos):
             return [[] for _ in texts]
         nested = isinstance(videos, list | tuple) and all(
             isinstance(row, list | tuple | None.__class__) and not is_frame_list(row) for row in videos
@@ -316,5 +317,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             data["num_video_tokens"] = [layout.tokens(*layout.grid(film, layout.hd_num)) for film in films]
         return MultiModalData(**data)
 
+
+attach_to_package(__name__)
 
 __all__ = ["InternLMXComposer2Processor"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .build_mlp import CHECKED_ADAPTERS, AdaptedLinear, in_own_type, resident_task_adapters
+from .build_mlp import CHECKED_ADAPTERS, AdaptedProjection, in_own_type, resident_task_adapters
 from .recognition_internlm_xcomposer2 import ADAPTER, folder_of
 from .threads_internlm_xcomposer2 import takes_turns
 from .weight_files_internlm_xcomposer2 import NoWeights, WeightFiles
@@ -74,9 +74,9 @@ class TaskAdapterMixin:
                 raise ValueError(f"task_adapters names {unknown}, but the checkpoint has {here}")
         return loaded
 
-    def _adapted_linears(self) -> Iterator[tuple[str, AdaptedLinear]]:
+    def _adapted_linears(self) -> Iterator[tuple[str, AdaptedProjection]]:
         for name, module in self.named_modules():
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, AdaptedProjection):
                 yield name, module
 
     def task_adapters_in_memory(self) -> list[str]:
@@ -244,7 +244,7 @@ class TaskAdapterMixin:
                 module.linear.weight.copy_(plain[path])
 
 
-def _linear_of(weight: Tensor, module: AdaptedLinear, device: torch.device | str | None) -> nn.Linear:
+def _linear_of(weight: Tensor, module: AdaptedProjection, device: torch.device | str | None) -> nn.Linear:
     """A bias-free linear around `weight`, in the dtype of the module's adapters and on its device."""
     beside = module.Plora_A.weight
     if device is None:

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
 
-from .prompting_internlm_xcomposer2 import TEXT_JOINT
+from .prompting_internlm_xcomposer2 import TEXT_JOINT, TURN_CLOSE
+from .remote_code_internlm_xcomposer2 import attach_to_package
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 
@@ -136,7 +137,8 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
     """The released tokenizer: BPE with byte fallback, nothing normalised, BOS in front.
 
     `[UNUSED_TOKEN_145]` (ends a turn) and `[UNUSED_TOKEN_146]` (opens one) are plain one-token pieces: text may hold
-    them, and `skip_special_tokens` keeps them. Text that went through `escape_control_tokens` spells their names out.
+    them, and `skip_special_tokens` keeps them, but for the closing token at the very end, where an answer ends. Text
+    that went through `escape_control_tokens` spells their names out.
 
     Args:
         vocab_file: the SentencePiece `tokenizer.model`.
@@ -190,10 +192,30 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
             **kwargs,
         )
 
+    def _decode(self, token_ids, skip_special_tokens=False, **kwargs) -> str:
+        """The library's; with `skip_special_tokens`, without the token that closes an answer at its end."""
+        if skip_special_tokens:
+            token_ids = self._without_close(token_ids)
+        return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _without_close(self, token_ids) -> list[int]:
+        """Ids up to the special tokens and the closing token that end them."""
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        close = self.convert_tokens_to_ids(TURN_CLOSE)
+        if close == self.unk_token_id:
+            return ids
+        ending = {close, *self.all_special_ids}
+        end = len(ids)
+        while end and ids[end - 1] in ending:
+            end -= 1
+        return ids[:end]
+
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
         """Hand the resolved file names to `__init__` as they are: it converts them itself."""
         return kwargs
 
+
+attach_to_package(__name__)
 
 __all__ = ["InternLMXComposer2Tokenizer"]

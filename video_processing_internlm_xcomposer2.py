@@ -18,6 +18,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from .image_processing_internlm_xcomposer2 import TileFields
 from .ixc_utils import BAND, choose_frames, get_font
 from .media_internlm_xcomposer2 import load_media, load_video
+from .remote_code_internlm_xcomposer2 import attach_to_package
 
 
 class InternLMXComposer2VideosKwargs(TypedDict, total=False):
@@ -156,5 +157,7 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
         fields.pop("font", None)
         return fields
 
+
+attach_to_package(__name__)
 
 __all__ = ["InternLMXComposer2VideoProcessor"]

@@ -1,0 +1,1 @@
+../remote_code_internlm_xcomposer2.py
