@@ -7,7 +7,7 @@ Inside, the module tree is the one transformers and vLLM look for; on disk, the 
 `RENAMINGS` maps one to the other both ways. The released tree's attributes remain as properties.
 """
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,11 @@ from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin, PromptEmbeddings
-from .ixc_utils import get_font, overview, stack_tiles
+from .ixc_utils import overview
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
+from .release_clients_internlm_xcomposer2 import ReleaseClientsMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
 from .settings_internlm_xcomposer2 import SETTINGS, check_settings, config_settings
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
@@ -137,6 +138,16 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
     def tok_embeddings(self) -> nn.Module:
         """The released tree's name of the token embedding."""
         return self.language_model.tok_embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The released tree's name of the decoder layers."""
+        return self.language_model.layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The released tree's name of the decoder's last norm."""
+        return self.language_model.norm
 
     def held(self, name: str) -> Tensor | None:
         """A parameter of this module itself, fetched where accelerate has offloaded it (which it does in `forward`).
@@ -322,7 +333,7 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
 
 
 class InternLMXComposer2ForCausalLM(
-    TaskAdapterMixin, ChatMixin, PrefillMixin, InternLMXComposer2PreTrainedModel, GenerationMixin
+    TaskAdapterMixin, ChatMixin, ReleaseClientsMixin, PrefillMixin, InternLMXComposer2PreTrainedModel, GenerationMixin
 ):
     """The model with its head, `generate`, and the public methods (`chat`, `write_artical`, ...)."""
 
@@ -337,6 +348,7 @@ class InternLMXComposer2ForCausalLM(
         self.tokenizer = None  # set by the caller, or passed to the public methods
         self.compute_lock = ComputeLock()  # what the methods that compute take turns by
         self.reuse = ReuseStore()  # what past conversations leave for their next turns
+        self.max_length = config.context_length  # tokens of a row of `forward(samples=...)`
         self.hd_num = config.default_hd_num  # tiles of `encode_img` when it is not told
         self.post_init()
 
@@ -389,14 +401,19 @@ class InternLMXComposer2ForCausalLM(
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        samples: dict[str, Any] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As `InternLMXComposer2Model.forward`, with logits (B, kept, vocabulary) and, from `labels` (B, T), a loss.
 
         Args:
-            labels: token ids to predict (shifted inside), -100 where nothing is to be learned.
+            labels: token ids to predict (shifted inside), -100 where nothing is to be learned. Image tokens never are.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
+            samples: training texts and pictures as the released data code hands them over, in the place of all other
+                inputs; see `ReleaseClientsMixin`.
         """
+        if samples is not None:
+            return self.forward(**self._inputs_of_samples(samples), logits_to_keep=logits_to_keep, **kwargs)
         self._need_task_adapters(infer_mode)
         given = {"inputs_embeds": inputs_embeds, "mm_token_type_ids": mm_token_type_ids, "im_mask": im_mask}
         input_ids, moved = self._at_embedding(input_ids, given)
@@ -419,6 +436,8 @@ class InternLMXComposer2ForCausalLM(
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
+            image_mask = mm_token_type_ids if im_mask is None else im_mask
+            labels, kwargs = self._text_labels(labels, input_ids, image_mask, kwargs)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -427,6 +446,24 @@ class InternLMXComposer2ForCausalLM(
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _text_labels(
+        self, labels: Tensor, input_ids: Tensor | None, image_mask: Tensor | None, kwargs: dict
+    ) -> tuple[Tensor, dict]:
+        """Labels (B, T) without image tokens: trainers that learn whole conversations take their placeholders along.
+
+        A trainer's count of the labels, which the loss is divided by, shrinks in the proportion of this batch.
+        """
+        if image_mask is None and input_ids is not None:
+            image_mask = self.model.image_slots(input_ids)
+        if image_mask is None or image_mask.shape != labels.shape:
+            return labels, kwargs
+        learned = labels.masked_fill(image_mask.to(labels.device) > 0, -100)
+        count = kwargs.get("num_items_in_batch")
+        if count is not None:
+            kept, all_labels = ((rows != -100).sum().clamp(min=1) for rows in (learned, labels))
+            kwargs = {**kwargs, "num_items_in_batch": count * (kept / all_labels)}
+        return learned, kwargs
 
     def generate(
         self,
@@ -475,55 +512,6 @@ class InternLMXComposer2ForCausalLM(
             for name in (*PICTURE_INPUTS, "mm_token_type_ids"):
                 inputs.pop(name, None)
         return inputs
-
-    # What callers of the released module tree use.
-
-    @property
-    def output(self) -> nn.Module:
-        """The released tree's name of the head."""
-        return self.lm_head
-
-    @property
-    def vision_proj(self) -> nn.Module:
-        """The released tree's name of the projector."""
-        return self.model.vision_proj
-
-    @property
-    def plora_glb_GN(self) -> Tensor | None:
-        """Separator between global view and tiles (1, 1, 4 V)."""
-        return self.model.held("plora_glb_GN")
-
-    @property
-    def plora_sub_GN(self) -> Tensor | None:
-        """Newline that ends each row of image tokens (1, 1, 1, 4 V)."""
-        return self.model.held("plora_sub_GN")
-
-    @property
-    def vit(self):
-        """The released tree's vision part, called as `vit([pixels], plora_glb_GN, plora_sub_GN)`; see `_vit`."""
-        return self._vit
-
-    @property
-    def vis_processor(self):
-        """PIL picture -> normalised pixels (3, H, W)."""
-        return self.config.layout.normalised
-
-    @property
-    def font(self):
-        """Label font of stitched videos: a font file in the model folder, else Pillow's own."""
-        folder = self.config.name_or_path
-        return get_font(folder=folder if Path(folder).is_dir() else None)
-
-    def _vit(self, images: list[Tensor], glb_GN: Tensor, sub_GN: Tensor) -> tuple[Tensor, list[int]]:
-        """Pixels (1, 3, H, W) of several pictures -> merged patches (1, sum of L, 4 V) and each picture's L.
-
-        Args:
-            glb_GN, sub_GN: separator and newline, as `plora_glb_GN` and `plora_sub_GN`.
-        """
-        tiles, grids = stack_tiles([image.squeeze(0) for image in images], self.config.tile)
-        with in_own_type(self.model.vision_tower):
-            sequences = self.model.arrange_pictures(tiles, grids.tolist(), glb_GN, sub_GN)
-            return torch.cat(sequences)[None], [len(sequence) for sequence in sequences]
 
 
 # transformers looks these up by class name, loading and saving.

@@ -214,7 +214,7 @@ def answer_labels(input_ids: Sequence[int], assistant_header: Sequence[int], clo
     labels = [IGNORE_INDEX] * len(input_ids)
     open_id, header = assistant_header[0], list(assistant_header)
     starts = [index for index, token in enumerate(input_ids) if token == open_id]
-    for start, end in zip(starts, [*starts[1:], None], strict=True):
+    for start, end in zip(starts, [*starts, None][1:], strict=True):
         answer = start + len(header)
         if list(input_ids[start:answer]) != header:
             continue

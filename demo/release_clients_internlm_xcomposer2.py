@@ -1,0 +1,1 @@
+../release_clients_internlm_xcomposer2.py
