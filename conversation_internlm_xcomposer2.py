@@ -182,11 +182,13 @@ class ConversationMixin:
         image: Any,
         hd_num: int | None = None,
         max_length: int | None = None,
+        room: int = 1,
         **settings,
     ) -> Conversation:
         """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's).
 
         Args:
+            room: tokens of `max_length` that are kept free, for an answer.
             settings: of a call; those of videos are read here, see `load_video`.
         """
         images = as_list(image)
@@ -208,8 +210,8 @@ class ConversationMixin:
             bos_on_each_piece=self.config.bos_on_each_piece,
             text_only_bos=self.config.text_only_bos,
         )
-        if len(prompt.input_ids) >= limit:
-            raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num))
+        if len(prompt.input_ids) > limit - room:
+            raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num, room))
         return Conversation(prompt, pictures, [source.digest for source in sources], hd_num)
 
     def _open_source(self, source: Any, text: str, hd_num: int, video: dict) -> "OpenedSource":
@@ -242,14 +244,14 @@ class ConversationMixin:
         layout = self.config.layout
         return [layout.tokens(*layout.grid(picture, hd_num)) for picture in pictures]
 
-    def _too_long(self, length: int, of_images: int, limit: int, pictures: list[Any], hd_num: int) -> str:
-        """What to do about a prompt of `length` tokens where fewer than `limit` fit."""
+    def _too_long(self, length: int, of_images: int, limit: int, pictures: list[Any], hd_num: int, room: int) -> str:
+        """What to do about a prompt of `length` tokens where `limit` less `room` fit."""
         message = f"the prompt has {length} tokens ({of_images} of them image tokens), but max_length is {limit}; "
         pictures = [picture() if isinstance(picture, partial) else picture for picture in pictures]
         grids = [self.config.layout.grid(picture, hd_num) for picture in pictures]
         most = max((rows * cols for rows, cols in grids), default=1)  # a greater hd_num changes nothing
         for fewer in range(min(hd_num - 1, most), 0, -1):
-            if length - of_images + sum(self._image_lengths(pictures, fewer)) < limit:
+            if length - of_images + sum(self._image_lengths(pictures, fewer)) <= limit - room:
                 return message + f"hd_num={fewer} would fit (hd_num is {hd_num} now)"
         return message + "shorten the text or the history" + (", or pass fewer images" if pictures else "")
 

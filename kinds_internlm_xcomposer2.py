@@ -3,7 +3,7 @@
 A row says what the kind's `config.json` leaves out. A new kind is a new row and its recorded cases.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -59,7 +59,15 @@ KINDS: dict[str, Kind] = {
     ),
 }
 DEFAULT_KIND = "xcomposer2d5"
-HEADS = ("vocabulary", "score")
+# The heads, and the public methods that need each.
+METHODS_OF_HEAD = {
+    "vocabulary": (
+        "chat", "stream_chat", "batch_chat", "write_artical", "write_webpage", "stream_webpage", "resume_2_webpage",
+        "screen_2_webpage",
+    ),
+    "score": ("get_score", "get_scores", "compare", "rank"),
+}  # fmt: skip
+HEADS = tuple(METHODS_OF_HEAD)
 SYSTEMS = (None, "chat", "write")
 
 
@@ -122,3 +130,26 @@ def kind_of(fields: Mapping[str, Any], signs: Mapping[str, Any] | None = None) -
         return wrong, image_size not in (None, KINDS[name].image_size)
 
     return min(ordered, key=misses)  # the first of the nearest: what weights say stands in fields of its own
+
+
+def refuse_methods_of_other_heads(head: str) -> Callable[[type], type]:
+    """A decorator of model classes: the public methods of other heads raise a ValueError that says whose they are."""
+
+    def refusal(name: str, other: str) -> Callable:
+        bearer = next(kind.title for kind in KINDS.values() if {**COMMON, **kind.fields}["head"] == other)
+
+        def refuse(self, *args, **kwargs):
+            raise ValueError(
+                f"{name} needs a checkpoint with a {other} head, as {bearer} has; this one has a {head} head"
+            )
+
+        refuse.__name__ = name
+        return refuse
+
+    def decorate(cls: type) -> type:
+        for other, names in METHODS_OF_HEAD.items():
+            for name in names if other != head else ():
+                setattr(cls, name, refusal(name, other))
+        return cls
+
+    return decorate

@@ -32,6 +32,7 @@ from .chat_internlm_xcomposer2 import ChatMixin
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .generation_internlm_xcomposer2 import PICTURE_INPUTS, PrefillMixin, PromptEmbeddings
 from .ixc_utils import overview
+from .kinds_internlm_xcomposer2 import refuse_methods_of_other_heads
 from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
@@ -332,25 +333,17 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         )
 
 
-class InternLMXComposer2ForCausalLM(
-    TaskAdapterMixin, ChatMixin, ReleaseClientsMixin, PrefillMixin, InternLMXComposer2PreTrainedModel, GenerationMixin
-):
-    """The model with its head, `generate`, and the public methods (`chat`, `write_artical`, ...)."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.tok_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+class InternLMXComposer2WithHead(InternLMXComposer2PreTrainedModel):
+    """The model below its head, and what it keeps between calls."""
 
     def __init__(self, config: InternLMXcomposer2Config):
         super().__init__(config)
         self.model = InternLMXComposer2Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.tokenizer = None  # set by the caller, or passed to the public methods
         self.compute_lock = ComputeLock()  # what the methods that compute take turns by
         self.reuse = ReuseStore()  # what past conversations leave for their next turns
         self.max_length = config.context_length  # tokens of a row of `forward(samples=...)`
         self.hd_num = config.default_hd_num  # tiles of `encode_img` when it is not told
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -369,12 +362,6 @@ class InternLMXComposer2ForCausalLM(
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs):
         """See `InternLMXComposer2Model.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
@@ -382,6 +369,41 @@ class InternLMXComposer2ForCausalLM(
     def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs):
         """See `InternLMXComposer2Model.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+
+@refuse_methods_of_other_heads("vocabulary")
+class InternLMXComposer2ForCausalLM(
+    TaskAdapterMixin, ChatMixin, ReleaseClientsMixin, PrefillMixin, InternLMXComposer2WithHead, GenerationMixin
+):
+    """The model with its head, `generate`, and the public methods (`chat`, `write_artical`, ...)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.tok_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: InternLMXcomposer2Config):
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """transformers' `from_pretrained`; Auto classes come here for any checkpoint, and get the class of its head.
+
+        Args:
+            task_adapters: see `TaskAdapterMixin.from_pretrained`.
+        """
+        if getattr(config, "head", None) == "score":
+            from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification as with_score
+
+            return with_score.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
 
     @can_return_tuple
     def forward(

@@ -7,12 +7,13 @@ A conversation is text in which `<ImageHere>` marks each picture's place:
 In token ids a picture is a run of one placeholder id, as long as the picture has tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 IMAGE_MARK = "<ImageHere>"
 TURN_OPEN = "[UNUSED_TOKEN_146]"
 TURN_CLOSE = "[UNUSED_TOKEN_145]"
+SCORE_TOKEN = "[UNUSED_TOKEN_130]"  # the last of a conversation that is scored
 IGNORE_INDEX = -100
 
 # How every name of a control token begins.
@@ -144,6 +145,52 @@ def training_text(turns: Iterable[tuple[str, str]]) -> str:
             raise ValueError(f"unknown role {role!r} in a conversation; use one of {sorted(ROLES)}")
         text += turn(ROLES[role], value.strip())
     return text + "</s>"
+
+
+def message_text(message: Any) -> str:
+    """One {"role", "content"} of a conversation as a closed turn; typed content is read as its text and its marks.
+
+    Raises:
+        ValueError: another shape, an unknown role, content that is no text.
+    """
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {short(message)}')
+    role, content = message["role"], message["content"]
+    roles = {"system": "system", **ROLES}
+    if not isinstance(role, str) or role not in roles:
+        raise ValueError(f"unknown role {short(role)} in a conversation; use one of {sorted(roles)}")
+    if isinstance(content, list):
+        kinds = [item.get("type") if isinstance(item, Mapping) else None for item in content]
+        if not set(kinds) <= {"text", "image"}:
+            raise ValueError(f"content of types {kinds}; use text, and image for a picture's place")
+        items = zip(kinds, content, strict=True)
+        content = "".join(item["text"] if kind == "text" else IMAGE_MARK for kind, item in items)
+    return turn(roles[role], check_text("content", content))
+
+
+def reward_text(conversation: Any, apply_template: bool = True) -> str:
+    """A conversation as the reward model reads it, up to the token that its score is read at.
+
+    Args:
+        conversation: {"role", "content"} messages; text, if no template is applied.
+
+    Raises:
+        ValueError: another shape; says which message.
+    """
+    if not apply_template:
+        return check_text("a conversation with apply_template=False", conversation)
+    if isinstance(conversation, str | bytes | Mapping) or not isinstance(conversation, Sequence) or not conversation:
+        raise ValueError(
+            f"a conversation must be a list of {{'role', 'content'}} messages, got {short(conversation)}; "
+            f"apply_template=False takes text"
+        )
+    text = ""
+    for number, message in enumerate(conversation):
+        try:
+            text += message_text(message)
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from error
+    return text + "</s>" + SCORE_TOKEN
 
 
 def place_images(prompt: str, num_images: int) -> list[str]:

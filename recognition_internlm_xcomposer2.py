@@ -133,8 +133,7 @@ def vision_facts(tensors: Tensors) -> list[Fact]:
 def structure_facts(tensors: Tensors) -> list[Fact]:
     """Head and separators."""
     facts = [Fact("", "head", head, name) for name, head in HEADS.items() if name in tensors]
-    if len(facts) > 1:  # a vocabulary may ride along with a trained score
-        facts = facts[:1]
+    facts = facts[-1:]  # a vocabulary may ride along with a trained score
     if any(name.startswith("vision_proj.") for name in tensors):
         name = "plora_sub_GN"
         facts += [Fact("", "image_separators", True, name)] * (name in tensors)

@@ -16,7 +16,7 @@ from xcomposer.finetune.data import Collator, Encoder
 from xcomposer.finetune.formats import Row
 from xcomposer.model import ixc_utils as pictures
 from xcomposer.model.kinds_internlm_xcomposer2 import KINDS as KIND_ROWS
-from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2Model
+from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Model
 from xcomposer.model.prompting_internlm_xcomposer2 import SYSTEM_TEXTS, chat_prompt
 
 FAMILY = GOLDEN / "family"
@@ -270,7 +270,7 @@ def test_a_kind_loads_saves_and_chats(kind_folder, tmp_path, kind):
 def test_reward_embeds_pictures_and_leaves_the_head_to_its_class(family_folder):
     folder = family_folder("reward")
     with pytest.raises(ValueError, match="lacks 1 tensor: output.weight; it has score.weight in its place"):
-        load(folder)
+        InternLMXComposer2ForCausalLM.from_pretrained(folder)
     model = InternLMXComposer2Model.from_pretrained(folder).eval()
     assert model.config.head == "score" and model.config.kind == "xcomposer2d5-reward"
     expected = np.load(FAMILY / "reward" / "image_embeds.npz")

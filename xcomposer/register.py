@@ -50,10 +50,16 @@ FRONT = (
     ),
     Row("processing_auto", "AutoProcessor", "processing_internlm_xcomposer2", "InternLMXComposer2Processor"),
 )  # fmt: skip
-MODELS = tuple(
-    Row("modeling_auto", auto_class, *CAUSAL_LM)
-    for auto_class in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-)
+SCORES = ("reward_internlm_xcomposer2", "InternLMXComposer2ForSequenceClassification")
+MODELS = (
+    *(
+        Row("modeling_auto", auto_class, *CAUSAL_LM)  # which opens a checkpoint with a score head, too
+        for auto_class in (
+            "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
+        )
+    ),
+    Row("modeling_auto", "AutoModelForSequenceClassification", *SCORES),
+)  # fmt: skip
 
 
 # Arguments of the Auto classes' `from_pretrained` that are settled once the class is known.

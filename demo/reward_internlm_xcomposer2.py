@@ -1,0 +1,1 @@
+../reward_internlm_xcomposer2.py
