@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from functools import partial
+from string import ascii_uppercase
 from typing import NamedTuple
 
 from toyworld.pages import ANIMALS, JOBS, name_of
@@ -147,14 +148,14 @@ def titles(rng: random.Random) -> View:
     return View("article_captions", asked, mode="write", system=prompts.CAPTION_SYSTEM)
 
 
-def draw_candidate(rng: random.Random, thing: Thing, wrong: tuple[Thing, ...]) -> Drawing:
-    """A picture of the thing: large, alone in its place, or with another that is none of `wrong`."""
+def draw_candidate(rng: random.Random, thing: Thing, shown: tuple[Thing, ...]) -> Drawing:
+    """A picture of the thing: large, alone in its place, or with another that is none of those `shown`."""
     kind = rng.random()
     if kind < 0.3:
         return draw_big(rng, thing.shape, thing.colour)
     things = [thing]
     if kind > 0.75:
-        other = some_thing(rng, (thing, *wrong))
+        other = some_thing(rng, shown)
         things.append(other._replace(place=(thing.place + rng.randint(1, 8)) % 9))
     return draw_things(rng, sorted(things, key=lambda t: t.place))
 
@@ -171,23 +172,26 @@ def choice(rng: random.Random, least: int, most: int) -> View:
     """The text up to a place, with the pictures chosen before, and candidates -> what is to be seen, and its letter.
 
     The thing comes first, in Chinese (the first Latin letter is what is read): it is a look-up that captions teach, and
-    the letter then another, that "which picture has ..." teaches. Both at once were not learned.
+    the letter then another, which begins as the answers to "which picture has ..." do and is asked of every candidate.
+    Both at once were not learned.
     """
     text = some_text(rng)
     place = rng.choice(list(text.seen))
-    thing, earlier = text.seen[place], tuple(t for at, t in text.seen.items() if at < place)
-    illustrated = [at for at in text.seen if at < place] if rng.random() < 0.7 else []
+    thing = text.seen[place]
+    illustrated = [at for at in text.seen if at < place] if rng.random() < 0.5 else []
     count = rng.randint(least, most)
     wrong = tuple(t for at, t in text.seen.items() if at != place and rng.random() < 0.5)[: count - 1]
     while len(wrong) < count - 1:
-        wrong += (near(rng, thing, wrong if count < 12 else ()),)
+        wrong += (near(rng, thing, wrong),)
     candidates = [thing, *wrong]
     rng.shuffle(candidates)
     letter = chr(ord("A") + candidates.index(thing))
     lead, begun, _ = prompts.choose(text.paragraphs[: place + 1], illustrated, count)
-    shown = [*(text.seen[at] for at in illustrated), *candidates]
-    drawings = tuple(draw_candidate(rng, t._replace(place=rng.randrange(9)), (thing, *earlier)) for t in shown)
-    asked = [Question("article_choice", [("", f"{chinese_of(thing)}：{letter}")], begun)]
+    shown = (*(text.seen[at] for at in illustrated), *candidates)
+    drawings = tuple(draw_candidate(rng, t._replace(place=rng.randrange(9)), shown) for t in shown)
+    asked = [Question("article_choice", [("", f"{chinese_of(thing)}：图{letter}")], begun)]
+    for t, letter in zip(candidates, ascii_uppercase, strict=False):
+        asked.append(Question("article_letter", [("", letter)], f"{begun}{chinese_of(t)}：图"))
     return View("article_choice", asked, drawings, lead=lead, mode="write")
 
 
@@ -276,7 +280,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "story": ("story",),
     "article_places": ("article_places",),
     "article_caption": ("article_captions",),
-    "article_choice": ("article_choice",),
+    **dict.fromkeys(("article_choice", "article_letter"), ("article_choice",)),
     **{f"edit_{how}": ("edits",) for how in prompts.EDITS},
 }
 

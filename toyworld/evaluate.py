@@ -122,6 +122,7 @@ def article_checks(task: str, answer: str, said: str) -> dict[str, bool]:
     name, read = {
         "article_places": ("right place", lambda text: prompts.places_of(text, 100)),
         "article_caption": ("right caption", prompts.caption_of),
+        "article_letter": ("right letter", str),
         "article_choice": ("right picture", lambda text: prompts.letter_of(text, prompts.LETTERS)),
     }[task]
     return {name: read(said) == read(answer)}
@@ -242,9 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mode", help="an infer_mode for every task (default: the task's own)")
     parser.add_argument("--sampled", action="store_true", help="as the task's public method samples by default")
     parser.add_argument("--all", action="store_true", help="every way of running")
+    parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], metavar="WAY", help="columns of --all")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args(arguments)
-    ways = WAYS if options.all else (Way(options.dtype, options.beams, options.hd_num, options.mode, options.sampled),)
+    ways = WAYS if options.all else tuple(way for way in WAYS if way.name in (options.ways or ()))
+    options.all = bool(ways)
+    ways = ways or (Way(options.dtype, options.beams, options.hd_num, options.mode, options.sampled),)
     if any(way.dtype in QUANTISED for way in ways) and find_spec("bitsandbytes") is None:
         parser.error("int8 and nf4 need bitsandbytes: pip install bitsandbytes")
     started = time.monotonic()

@@ -51,7 +51,7 @@ def main() -> None:
         rng = random.Random(f"{name} {scenes.EVAL_SEEDS[number]}")
         image = draw_things(rng, [Thing(shape, colour, rng.randrange(9))]).image
         image.save(FOLDER / "candidates" / f"{colour}-{shape}.png")
-    lines.append(f"| candidates/ | {STORY} | an article, with red-circle.png and blue-star.png in it |")
+    lines.append(f"| candidates/ | {STORY} | an article; pictures belong after its second and its fourth line |")
     (FOLDER / "ask.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

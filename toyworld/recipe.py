@@ -4,7 +4,7 @@ from typing import Any
 
 from toyworld.world import TILE
 
-PIECES = 1056  # 1024 of the world's texts, and the stretches of the article prompts
+PIECES = 1057  # 1024 of the world's texts, and the stretches of the article prompts
 CONFIG: dict[str, Any] = {
     "attn_implementation": "sdpa",
     "hidden_size": 256,
@@ -35,8 +35,8 @@ CONFIG: dict[str, Any] = {
 
 # Phase -> its share of the budget in minutes.
 SHARES = {"look": 0.03, "base": 0.57, "tasks": 0.4}
-RATES = {"look": 1.5e-3, "base": 1.2e-3, "tasks": 8e-4}
-ADAPTER_RATE = 2.5  # times the rate of `tasks`: what the task adapters learn at
+RATES = {"look": 1.5e-3, "base": 1.2e-3, "tasks": 1.1e-3}
+ADAPTER_RATE = 1.5  # times the rate of `tasks`: what the task adapters learn at
 PENALTY = 3.0  # `repetition_penalty` of the webpage methods: their pages are learned with it and without
 SLOW = 0.25  # of the rate: vision tower and projector once the decoder trains
 DENSE = 0.3  # weight of the dense loss once the decoder trains
@@ -47,7 +47,7 @@ LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned no
 WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour", "more"), 3.0)
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
-MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}
+MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6, "article_choice": 5, "article_choice_few": 4}
 MARKED = 0.15  # of the batches of one picture: it stands at a mark, not in front
 SYSTEM = 0.08  # of the batches: under the released system prompt, as `use_meta=True` puts it
 
@@ -93,11 +93,11 @@ def mix(progress: float) -> dict[str, float]:
     }
 
 
-# A step of the last phase takes a part of what the base weights know, one of what is new, and, every other time, one of
+# A step of the last phase takes a part of what the base weights know, one of what is new, and, every third time, one of
 # what an adapter writes; else another of what is known.
 # The steps of an article teach the write adapter and the base weights at once; texts and pages teach an adapter alone.
 NEW_MIX = {
-    "edits": 1.0, "article_places": 1.4, "article_captions": 0.7, "article_choice": 1.4, "article_choice_few": 1.4,
-    "article_choice_many": 0.1,
+    "edits": 0.7, "article_places": 2.4, "article_captions": 0.5, "article_choice": 0.6, "article_choice_few": 0.3,
+    "article_choice_many": 0.05,
 }  # fmt: skip
 ADAPTER_MIX = {"web": 0.5, "screen": 0.3, "write": 0.8, "story": 1.0}
