@@ -13,7 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.utils import CONFIG_NAME, cached_file
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from .kinds_internlm_xcomposer2 import kind_of, kind_text_fields
 from .weight_files_internlm_xcomposer2 import Misfit, NoWeights, Stored, WeightFiles, count, read_json, some
@@ -36,7 +40,6 @@ ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
 VIT = "vit.vision_tower.vision_model."
 POSITIONS = VIT + "embeddings.position_embedding.weight"
 HEADS = {"output.weight": "vocabulary", "score.weight": "score"}
-PACKED = {".linear.qweight": "GPTQ", ".qweight": "AWQ"}  # 4-bit layouts by the end of a name, the longer first
 # Relatives whose weights another architecture reads: a part of a name, and what it is.
 FOREIGN = {
     "Qformer.": "InternLM-XComposer 1.0 (Q-Former and InternLM1)",
@@ -62,15 +65,6 @@ def foreign(names: Any) -> str | None:
     """What a relative of another architecture is, by its tensors' names; None for this family."""
     ours = any(".Plora_" in name or name.startswith("vit.vision_tower.") for name in names)
     return None if ours else next((what for part, what in FOREIGN.items() if any(part in name for name in names)), None)
-
-
-def packed_layout(tensors: Tensors) -> tuple[str, str] | None:
-    """The 4-bit layout of the decoder's linears and a tensor that shows it; None for whole numbers."""
-    for ending, layout in PACKED.items():
-        for name in tensors:
-            if name.endswith(ending):
-                return layout, name
-    return None
 
 
 def layer_count(tensors: Tensors, prefix: str) -> int:
@@ -316,8 +310,49 @@ def _unpacked(fields: Mapping[str, Any], tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating}
 
 
+class Unread:
+    """A tensor of a weight file that is read when transformers takes its values (`[...]`), as it does safetensors'."""
+
+    def __init__(self, weights: WeightFiles, name: str):
+        self.weights, self.name = weights, name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.weights.tensors[self.name].dtype)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.weights.read(self.name, unpacked_dtype=torch.float32)[index]
+
+
+def keeps_packed(quantization_config: Any) -> bool:
+    """Whether the caller asks transformers' own quantiser for a packed format."""
+    method = getattr(quantization_config, "quant_method", None)
+    return str(getattr(method, "value", method)) in ("gptq", "awq")
+
+
+def unpacking(config_class: type, name_or_path: Any, weights: WeightFiles, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a `from_pretrained(None, ...)` that loads packed weights unpacked, each as its turn comes."""
+    kwargs = dict(kwargs)
+    config, quantization = kwargs.pop("config", None), kwargs.pop("quantization_config", None)
+    if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        path = name_or_path if config is None else config
+        config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    if hasattr(config, "quantization_config"):  # it describes the files, and not the model that comes of them
+        del config.quantization_config
+    state = {name: Unread(weights, name) for name in weights.tensors}
+    return {**kwargs, "config": config, "quantization_config": quantization, "state_dict": state}
+
+
 class CheckedLoadingMixin:
-    """`from_pretrained` that never leaves a parameter at random; stands before `PreTrainedModel`."""
+    """`from_pretrained` that never leaves a parameter at random, and unpacks weights of 4 bits.
+
+    Stands before `PreTrainedModel`.
+    """
 
     @classmethod
     def from_pretrained(
@@ -325,15 +360,24 @@ class CheckedLoadingMixin:
     ):
         """transformers' `from_pretrained`, with errors where it warns or fails without a name.
 
+        Weights packed in 4 bits (GPTQ, AWQ) become full precision, unless `quantization_config` is a GPTQConfig or an
+        AwqConfig: then transformers' own quantiser reads them.
+
         Raises:
             ValueError: tensors that are missing, of another shape, or of integers; a file that is cut short; a head
                 that another class reads.
         """
+        source, weights = name_or_path, None
         if name_or_path is not None and kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None:
-            check_stored(name_or_path, kwargs)
+            weights = check_stored(name_or_path, kwargs)
+        if weights is not None and weights.packed and not keeps_packed(kwargs.get("quantization_config")):
+            source, kwargs = None, unpacking(cls.config_class, name_or_path, weights, kwargs)
         model, info = super().from_pretrained(
-            name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        if source is None and weights is not None and model.can_generate():
+            if (weights.folder / GENERATION_CONFIG_NAME).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(weights.folder)
         shapes = [f"{released_name(name)} is {(*is_,)}, not {(*due,)}" for name, is_, due in info["mismatched_keys"]]
         if shapes and not ignore_mismatched_sizes:
             wrong = f"{count(len(shapes), 'tensor')} of the wrong shape"
@@ -348,15 +392,19 @@ class CheckedLoadingMixin:
         return model
 
 
-def check_stored(name_or_path: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise a ValueError for weight files that are damaged, packed, of integers, or contradict their `config.json`."""
+def check_stored(name_or_path: Any, kwargs: Mapping[str, Any]) -> WeightFiles | None:
+    """The weight files of a checkpoint; None where there are none on this machine.
+
+    Raises:
+        ValueError: they are damaged, of integers, or contradict their `config.json`.
+    """
     folder = folder_of(name_or_path, kwargs)
     if folder is None:
-        return
+        return None
     try:
         weights = WeightFiles(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
     except NoWeights:
-        return  # transformers looks further, and says where
+        return None  # transformers looks further, and says where
     except Misfit as misfit:
         raise Misfit(*(f"{folder}: {line}" for line in misfit.lines)) from misfit
     tensors = {released_name(name): tensor for name, tensor in weights.tensors.items()}
@@ -366,15 +414,9 @@ def check_stored(name_or_path: Any, kwargs: Mapping[str, Any]) -> None:
     if faults:
         raise ValueError(f"config.json of {folder} contradicts the weights: {some(faults, 8)}")
     if fields.get("quantization_config"):
-        return
-    packed = packed_layout(tensors)
-    if packed is not None:
-        layout, name = packed
-        raise ValueError(
-            f"{folder} holds weights packed in 4 bits ({layout} layout: {name}); load the full-precision release, and "
-            f"quantise it while loading (quantization_config=BitsAndBytesConfig(load_in_4bit=True))"
-        )
+        return weights
     whole = [name for name, tensor in tensors.items() if not tensor.is_floating and not name.endswith("position_ids")]
     if whole:
         kinds = f"{whole[0]} is {tensors[whole[0]].dtype}"
         raise ValueError(f"{folder}: {count(len(whole), 'tensor')} of no floating numbers: {some(whole)} ({kinds})")
+    return weights

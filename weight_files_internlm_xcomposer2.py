@@ -16,6 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .packed_weights_internlm_xcomposer2 import LAYOUTS as PACKED_LAYOUTS
+from .packed_weights_internlm_xcomposer2 import PackedLinear, packed_linears, unpack
+
 # What transformers looks for in a folder, in its order, and whether that is an index of several files.
 LAYOUTS = {
     "model.safetensors": False,
@@ -23,6 +26,8 @@ LAYOUTS = {
     "pytorch_model.bin": False,
     "pytorch_model.bin.index.json": True,
 }
+PACKED_SETTINGS = "quantize_config.json"  # stands beside weights that AutoGPTQ wrote
+PACKED_FILE = "gptq_model-*.safetensors"  # what it calls them
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -174,6 +179,10 @@ def weight_files(
     layouts = [name for name in LAYOUTS if use_safetensors is None or use_safetensors == (".safetensors" in name)]
     names = {with_variant(name, variant): name for name in layouts}
     found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None and use_safetensors is not False and (folder / PACKED_SETTINGS).is_file():
+        packed = sorted(path.name for path in folder.glob(PACKED_FILE))
+        if packed:
+            return packed, {}
     if found is None:
         loose = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
         if loose:
@@ -233,20 +242,42 @@ def read_headers(
     return files, stored
 
 
+def packing_of(folder: Path) -> dict[str, Any]:
+    """What a folder says of its packed weights: bits, group size, format; empty where it says nothing."""
+    own, config = folder / PACKED_SETTINGS, folder / "config.json"
+    if own.is_file():
+        return read_json(own)
+    stated = read_json(config).get("quantization_config") if config.is_file() else None
+    return stated if isinstance(stated, dict) else {}
+
+
 class WeightFiles:
     """The tensors of a folder's weight files by name; arguments as `weight_files`.
+
+    Linears packed in 4 bits (`packed`) appear as the plain weights they stand for, and are read as such.
 
     A file stays mapped once it is opened, so that it can still be read after its name is gone. A copy or a pickle of
     this object holds names alone and opens the files anew.
 
     Raises:
-        Misfit: no weights, a file that is missing, cut short or no weight file, a name in two files.
+        Misfit: no weights, a file that is missing, cut short or no weight file, a name in two files, a packed tensor
+            of an impossible shape.
     """
 
     def __init__(self, folder: Path, variant: str | None = None, use_safetensors: bool | None = None):
         self.folder = folder
         self.files, stored = read_headers(folder, variant, use_safetensors)
-        self.tensors: dict[str, Stored] = {tensor.name: tensor for tensor in stored}
+        self._stored = {tensor.name: tensor for tensor in stored}
+        self.packed: dict[str, PackedLinear] = {}
+        if any(name.endswith(".qweight") for name in self._stored):
+            self.packed, faults = packed_linears(self._stored, packing_of(folder))
+            if faults:
+                raise Misfit(*faults[:3], *([f"and {len(faults) - 3:,} more of this sort"] if faults[3:] else ()))
+        parts = {name for linear in self.packed.values() for name in linear.parts.values()}
+        self.tensors: dict[str, Stored] = {name: tensor for name, tensor in self._stored.items() if name not in parts}
+        for name, linear in self.packed.items():
+            file = self._stored[linear.parts["qweight"]].file
+            self.tensors[name] = Stored(name, linear.shape, linear.dtype, file)
         self._mapped: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -274,7 +305,32 @@ class WeightFiles:
                 raise Misfit(f"{path} cannot be read ({error}); is it still there, and whole?") from error
         return self._mapped[file]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor called `name`, in memory of its own."""
-        source = self.map(self.tensors[name].file)
+    def read(self, name: str, unpacked_dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor called `name`, in memory of its own.
+
+        Args:
+            unpacked_dtype: of a weight that is packed; default: that of its scales.
+        """
+        if name not in self.packed:
+            return self._read(name)
+        linear = self.packed[name]
+        parts = {part: self._read(stored) for part, stored in linear.parts.items()}
+        try:
+            return unpack(PACKED_LAYOUTS[linear.layout], **parts, dtype=unpacked_dtype)
+        except ValueError as error:
+            raise Misfit(f"{name}: {error}") from error
+
+    def _read(self, name: str) -> Tensor:
+        source = self.map(self._stored[name].file)
         return (source[name] if isinstance(source, Mapping) else source.get_tensor(name)).clone()
+
+    @property
+    def packing(self) -> str | None:
+        """What is packed and how, in words; None where nothing is."""
+        if not self.packed:
+            return None
+        layouts = sorted({linear.layout for linear in self.packed.values()})
+        sizes = sorted({linear.shape[1] // linear.groups for linear in self.packed.values()})
+        groups = " and ".join(f"{size:,}" for size in sizes)
+        linears = count(len(self.packed), "linear")
+        return f"4 bits ({' and '.join(layouts)}) in groups of {groups}: {linears}, read as full precision"

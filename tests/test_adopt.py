@@ -303,15 +303,10 @@ def text_only(weights):
         del weights[name]
 
 
-def quantised(weights):
-    weights["model.layers.0.attention.wqkv.qweight"] = torch.zeros(4, 4, dtype=torch.int32)
-
-
 @pytest.mark.parametrize(
     "change, name",
     [
         (text_only, "this is a text-only InternLM2"),
-        (quantised, "quantised (GPTQ or AWQ)"),
     ],
 )
 def test_siblings_are_told_apart(folder, capsys, change, name):

@@ -37,11 +37,10 @@ from xcomposer.model.recognition_internlm_xcomposer2 import (
     adapter_ranks,
     complete,
     foreign,
-    packed_layout,
     released_name,
     vision_facts,
 )
-from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit, Stored, count, read_headers, read_json, some
+from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit, Stored, WeightFiles, count, read_json, some
 
 OF_THE_CALLER = ("attn_implementation", "_attn_implementation", "auto_map")  # no matter for names and shapes
 CHANGED = {"copy": "copied", "link": "linked", "write": "written"}
@@ -77,6 +76,7 @@ class Findings:
     fields: dict[str, Any]  # the new config.json
     new_fields: list[str]
     notes: list[str]
+    packing: str | None = None  # what of the weights is packed, in words
     changes: list[Change] = field(default_factory=list)
     done: list[Change] = field(default_factory=list)
 
@@ -130,8 +130,6 @@ def by_released_name(stored: Sequence[Stored]) -> dict[str, Stored]:
 
 def refuse_foreign(table: Mapping[str, Stored], config: Mapping[str, Any], code: Code) -> None:
     """Raise a Misfit when most tensors are none of this model family's, whatever its sizes."""
-    if packed_layout(table) is not None:
-        raise Misfit("the weights are quantised (GPTQ or AWQ); this code loads the bf16 and fp16 releases")
     relative = foreign(table)
     if relative is not None:
         raise Misfit(f"this is {relative}; it is not supported by this code")
@@ -331,12 +329,12 @@ def examine(folder: Path, link: bool = False) -> Findings:
     """
     if not folder.is_dir():
         raise Misfit("there is no such folder")
-    files, stored = read_headers(folder)
+    weights = WeightFiles(folder)
     if not (folder / "config.json").is_file():
         raise Misfit("no config.json, and the weights do not tell the number of attention heads; download it")
     config = read_json(folder / "config.json")
     code = Code()
-    table = by_released_name(stored)
+    table = by_released_name(list(weights.tensors.values()))
     refuse_foreign(table, config, code)
     fields, faults, notes = complete_config(config, table, code)
     try:
@@ -353,7 +351,7 @@ def examine(folder: Path, link: bool = False) -> Findings:
     if stated not in (None, "auto") and stated not in dtypes:
         notes.append(f"config.json says {stated}, the weights are {', '.join(dtypes)}: converted on loading")
     new_fields = sorted(name for name in fields if config.get(name) != fields[name])
-    found = Findings(folder, files, tensors, ignored, parsed, fields, new_fields, notes)
+    found = Findings(folder, weights.files, tensors, ignored, parsed, fields, new_fields, notes, weights.packing)
     for change in plan(folder, config, fields, parsed.vocab_size, link):
         (found.done if change.is_done() else found.changes).append(change)
     return found
@@ -400,6 +398,8 @@ def describe(found: Findings) -> list[tuple[str, str]]:
         ("tokenizer", tokenizer_kind(found.folder)),
         ("checked", f"names and shapes of {count(len(tensors), 'tensor')}: all as the code expects"),
     ]
+    if found.packing:
+        rows.insert(2, ("packed", found.packing))
     return [*rows, *(("note", note) for note in found.notes)]
 
 

@@ -1,0 +1,1 @@
+../packed_weights_internlm_xcomposer2.py
