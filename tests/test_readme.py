@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, on the demo checkpoint."""
+"""The Python of both READMEs runs as printed, on the demo checkpoint."""
 
 import re
 from importlib.util import find_spec
@@ -23,3 +23,14 @@ def test_every_python_block_runs(monkeypatch, capsys):
     assert names["history"][0][0] == "Tell me a story"
     assert len(names["answers"]) == 3
     assert set(REPO.iterdir()) == before
+
+
+def test_the_chinese_one_too(monkeypatch, capsys):
+    """Its first block asks in Chinese and is answered so."""
+    monkeypatch.chdir(REPO)
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README_CN.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README_CN.md", "exec"), names)
+    assert capsys.readouterr().out == "黄色\n"
+    assert names["answer"] == "picture 1"
