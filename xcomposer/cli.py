@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": Command("xcomposer.doctor", "say what is installed here, what is missing, and how to get it"),
     "adopt": Command("xcomposer.checkpoints.adopt", "put this code beside released weights, for remote code"),
     "merge": Command("xcomposer.checkpoints.merge", "add a task adapter to the weights"),
+    "convert-adapter": Command("xcomposer.checkpoints.convert_adapter", "rename a LoRA trained on the original"),
     "export": Command("xcomposer.checkpoints.export", "write a task adapter as a PEFT LoRA"),
     "quantise": Command("xcomposer.checkpoints.quantise", "write a checkpoint in fewer bits"),
     "finetune": Command("xcomposer.finetune.run", "train on pictures, videos and text"),
