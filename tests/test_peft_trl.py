@@ -229,7 +229,9 @@ def loss_by_hand(model, processor, rows, answers_only):
     labels = batch["input_ids"].masked_fill(~learned, -100)
     assert (batch["mm_token_type_ids"] > 0).any() and answers_only == bool((labels[0, 1:5] == -100).all())
     with torch.no_grad():
-        return model(**batch, labels=labels).loss.item()
+        logits = model(**batch).logits
+    # TRL computes its loss itself: without `assistant_only_loss` it learns placeholders, as with every such model.
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
 
 
 def with_images(row):

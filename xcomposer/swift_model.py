@@ -1,0 +1,65 @@
+"""Registers the model with ms-swift 4, which knows the release but cannot load it: pass this file to its commands.
+
+    swift infer --external_plugins xcomposer/swift_model.py --model FOLDER --model_type xcomposer2_5 --use_hf true
+    swift sft   --external_plugins xcomposer/swift_model.py --model FOLDER --model_type xcomposer2_5 --use_hf true \\
+        --tuner_type lora --dataset data.jsonl
+
+ms-swift's own loader of this family returns no model and asks for decord. What else differs here: where the parts of
+the module tree are, and that pictures take as many tiles as in `chat`, of the checkpoint's own tile side.
+"""
+
+from typing import Any
+
+from swift.model import Model, ModelGroup, ModelLoader, ModelMeta, MultiModelKeys, register_model, register_model_arch
+from swift.template import StdTemplateInputs, Template, TemplateType, load_file, register_template
+from swift.template.templates.internlm import InternLMXComposer2_5Template, Xcomposer2TemplateMeta
+from swift.utils import get_env_args
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+MODEL_TYPE = "xcomposer2_5"
+
+
+class XComposer2D5Template(InternLMXComposer2_5Template):
+    """ms-swift's template, with pixels by the model's own layout: ms-swift's takes every tile for 560 pixels wide.
+
+    The environment's `hd_num` is the most tiles of a picture; without it the model's own numbers count.
+    """
+
+    def _encode(self, inputs: StdTemplateInputs) -> dict[str, Any]:
+        model = self.model
+        encoded = Template._encode(self, inputs)
+        pictures = [self._opened(source) for source in inputs.images or []]
+        layout = model.config.layout
+        hd_num = get_env_args("hd_num", int, layout.default_hd_num(len(pictures)))
+        encoded["images"] = [layout.pixels(picture, hd_num, model.font).to(model.dtype) for picture in pictures]
+        return encoded
+
+    def _opened(self, source: Any) -> Any:
+        """A picture as it is; a video, which ms-swift leaves unread, as its frames."""
+        if not isinstance(source, str | bytes):
+            return source
+        load_media = get_class_from_dynamic_module("media_internlm_xcomposer2.load_media", self.model.model_dir)
+        return load_media(source if isinstance(source, bytes) else load_file(source).getvalue())
+
+
+register_model_arch(
+    MultiModelKeys(
+        "xcomposer2_5_parts",
+        language_model="model.language_model",
+        aligner="model.vision_proj",
+        vision_tower="model.vision_tower",
+    )
+)
+register_template(Xcomposer2TemplateMeta(TemplateType.xcomposer2_5, template_cls=XComposer2D5Template), exist_ok=True)
+register_model(
+    ModelMeta(
+        MODEL_TYPE,
+        [ModelGroup([Model("Shanghai_AI_Laboratory/internlm-xcomposer2d5-7b", "internlm/internlm-xcomposer2d5-7b")])],
+        ModelLoader,
+        template=TemplateType.xcomposer2_5,
+        architectures=["InternLMXComposer2ForCausalLM"],
+        model_arch="xcomposer2_5_parts",
+        tags=["vision", "video"],
+    ),
+    exist_ok=True,
+)
