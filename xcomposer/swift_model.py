@@ -22,7 +22,7 @@ MODEL_TYPE = "xcomposer2_5"
 class XComposer2D5Template(InternLMXComposer2_5Template):
     """ms-swift's template, with pixels by the model's own layout: ms-swift's takes every tile for 560 pixels wide.
 
-    The environment's `hd_num` is the most tiles of a picture; without it the model's own numbers count.
+    `HD_NUM` in the environment is the most tiles of a picture; without it the model's own numbers count.
     """
 
     def _encode(self, inputs: StdTemplateInputs) -> dict[str, Any]:
