@@ -25,7 +25,8 @@ def utils():
 
 
 def test_every_task_is_there_once_in_its_mode():
-    assert [row["task"] for row in ROWS] == list(TASKS)
+    """But for the steps of an article, whose answers begin with words of ours: lmms-eval hands over one text."""
+    assert [row["task"] for row in ROWS] == [task for task in TASKS if not scene(task, EVAL_SEEDS[0]).begun]
     assert all(row["mode"] == scene(row["task"], EVAL_SEEDS[0]).mode for row in ROWS)
 
 
