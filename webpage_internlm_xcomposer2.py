@@ -27,10 +27,11 @@ SCREENSHOT_QUERY = " Generate the HTML code of this web image with Tailwind CSS.
 
 _SCRIPT = re.compile(r"<script\b[^>]*>.*?</script\s*>", re.DOTALL | re.IGNORECASE)
 _PAGE_END = re.compile(r"</body\s*>|</html\s*>", re.IGNORECASE)
+_QUOTE_ENTITY = r"&(?:quot|apos|\#0*3[49]|\#[xX]0*2[27]);"  # a quote as an attribute's value spells it
 _UNSPLASH = re.compile(
-    r"""(?P<quote>["'`])?https://source\.unsplash\.com/random/(\d+)x(\d+)/\?
-    (?(quote)[^"'`<>\n]*(?=(?P=quote))                                # in quotes: up to the same one
-    |(?:(?!&(?:quot|apos|\#\d+);)[^\s"'`<>(){};\\])*)                # bare, as in url(...): up to what ends it there
+    rf"""(?P<quote>["'`]|{_QUOTE_ENTITY})?https://source\.unsplash\.com/random/(\d+)x(\d+)/\?
+    (?(quote)(?:(?!(?P=quote))[^<>\n])*(?=(?P=quote))               # in quotes: up to the same one
+    |(?:(?!{_QUOTE_ENTITY}|&[lg]t;)(?:&\w+;|[^\s"'`<>(){{}};\\]))*)  # bare, as in url(...): up to what ends it there
     """,
     re.VERBOSE,
 )
@@ -64,9 +65,10 @@ def page_path(task: str, output_path: str | os.PathLike | None) -> Path | None:
         return None
     if not isinstance(output_path, str | os.PathLike):
         raise TypeError(f"output_path is a {type(output_path).__name__}, but must be a path, or None to write no file")
+    given = f"output_path {_show(os.fsdecode(output_path))}"
     if output_path == PUBLIC_FILE:
         output_path = _task_file(task)
-    given = f"output_path {_show(os.fsdecode(output_path))}"
+        given = f"the page of task {_show(task)}"
     try:
         path = Path(os.path.realpath(output_path))
         try:

@@ -12,6 +12,7 @@ the texts in order (pictures first); a question may also hold `<img>path-or-url<
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -86,9 +87,9 @@ def as_list(value: Any) -> list[Any]:
 
 
 def locate(source: str, folders: Iterable[Path]) -> str:
-    """A relative path as the first of `folders` that has it, else as the first."""
+    """A relative path as the first of `folders` that has it, else as the first. Never raises: what it names is read later."""
     paths = [folder / source for folder in folders]
-    return str(next((path for path in paths if path.exists()), paths[0] if paths else Path(source)))
+    return str(next((path for path in paths if os.path.exists(path)), paths[0] if paths else Path(source)))
 
 
 def place_inline(text: str, media: Media) -> str:
@@ -203,12 +204,14 @@ def read_text(path: Path) -> str:
     """A file's text in UTF-8, with or without a byte order mark.
 
     Raises:
-        OSError: no such file, or none that can be read. ValueError: it is no UTF-8 text.
+        OSError: no such file, or none that can be read. ValueError: no name of a file, or no UTF-8 text in it.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}); save it as such") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no name of a file: {error}") from error
 
 
 def read_records(path: Path) -> list[Any]:
