@@ -87,7 +87,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def locate(source: str, folders: Iterable[Path]) -> str:
-    """A relative path as the first of `folders` that has it, else as the first. Never raises: what it names is read later."""
+    """A relative path as the first of `folders` that has it, else as the first. Never raises."""
     paths = [folder / source for folder in folders]
     return str(next((path for path in paths if os.path.exists(path)), paths[0] if paths else Path(source)))
 
