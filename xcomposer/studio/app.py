@@ -88,14 +88,25 @@ def theme():
     sans = "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"
     mono = "ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"
     look = gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=sans, font_mono=mono)
-    plain = {
-        "background_fill": "transparent",
-        "text_color": "*body_text_color_subdued",
-        "padding": "0",
-        "text_weight": "500",
+    both = {
+        "body_background_fill": "*neutral_50",
+        "block_title_background_fill": "transparent",
+        "block_title_text_color": "*body_text_color_subdued",
+        "block_label_background_fill": "transparent",
+        "block_label_text_color": "*body_text_color_subdued",
+        "block_border_width": "1px",
+        "block_shadow": "none",
+        "input_border_width": "1px",
+        "input_shadow": "none",
+        "button_border_width": "1px",
+        "button_secondary_background_fill": "*background_fill_primary",
+        "button_secondary_border_color": "*border_color_primary",
+        "button_secondary_shadow": "none",
+        "button_primary_shadow": "none",
     }
-    titles = {f"block_title_{name}{dark}": value for name, value in plain.items() for dark in ("", "_dark")}
-    return look.set(**{name: value for name, value in titles.items() if hasattr(look, name)})
+    dark = {f"{name}_dark": value for name, value in both.items() if hasattr(look, f"{name}_dark")}
+    dark["body_background_fill_dark"] = "*neutral_950"
+    return look.set(block_title_padding="0", block_title_text_weight="500", **both, **dark)
 
 
 def launch(app: Any, args: argparse.Namespace, **options: Any):

@@ -72,14 +72,6 @@ class ArticleTab:
                 if about.article:
                     gr.Examples([[example] for example in about.article], [self.instruction], label="")
                 self.count = label(gr.Dropdown(_counts("en"), value=-1, filterable=False), label="count")
-                with label(gr.Accordion(open=True), label="candidates"):
-                    self.gallery = gr.Gallery(
-                        show_label=False, label="Candidates", columns=4, height=190, interactive=True,
-                        file_types=["image"], type="filepath", buttons=[],
-                    )  # fmt: skip
-                    self.offered = gr.HTML()
-                with label(gr.Accordion(open=False), label="material"):
-                    self.material = gr.File(show_label=False, label="Material", height=110, **pictures)
                 with gr.Row():
                     self.compose = label(gr.Button(variant="primary", min_width=110), value="compose")
                     self.halt = label(gr.Button(variant="stop", min_width=80, interactive=False), value="stop")
@@ -88,6 +80,15 @@ class ArticleTab:
                     self.go_on = label(gr.Button(size="sm", min_width=90), value="go_on")
                 self.steps = gr.HTML()
                 self.note = gr.HTML()
+                self.gallery = label(
+                    gr.Gallery(
+                        columns=4, height=190, interactive=True, file_types=["image"], type="filepath", buttons=[],
+                    ),
+                    label="candidates",
+                )  # fmt: skip
+                self.offered = gr.HTML()
+                with label(gr.Accordion(open=False), label="material"):
+                    self.material = gr.File(show_label=False, label="Material", height=110, **pictures)
             with gr.Column(scale=2, min_width=320):
                 self.sheet = gr.HTML(
                     value={"texts": {}, "blocks": []},
@@ -127,7 +128,7 @@ class ArticleTab:
         )
         self.sheet.act(self.act, start, self.shown, **AT_ONCE)
         self.halt.click(self.stop, start, self.shown, cancels=[*running, asked], **AT_ONCE)
-        self.opened.upload(self.open, [*start, self.opened], self.shown, **AT_ONCE)
+        self.opened.upload(self.open, [*start, self.opened], [*self.shown, self.opened], **AT_ONCE)
         for suffix, save in self.saves.items():
             shell.downloads(save.click, self._saver(suffix), [], self.note)
 
@@ -353,9 +354,9 @@ class ArticleTab:
         try:
             workspace.draft.put(Article.from_json(Path(path).read_text(encoding="utf-8")))
         except EXPECTED as error:
-            return self._shown(workspace, language, said(without_paths(one_line(error), Path(path)), "error"))
+            return *self._shown(workspace, language, said(without_paths(one_line(error), Path(path)), "error")), None
         workspace.draft.ghost = None
-        return self._shown(workspace, language, self._lost(workspace, language))
+        return *self._shown(workspace, language, self._lost(workspace, language)), None
 
     @staticmethod
     def _saver(suffix: str):

@@ -16,6 +16,7 @@ from xcomposer.studio.texts import text
 from xcomposer.studio.workspace import Workspace
 
 ADDRESS_BYTES, ADDRESS_S = 64 * 2**20, 20
+HEIGHT = "max(320px, calc(100vh - 400px))"  # of the conversation: the box stays in sight
 READY, WRITING = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
 
 
@@ -59,11 +60,10 @@ class ChatTab:
                     )
             with gr.Column(scale=4, min_width=320):
                 self.chatbot = gr.Chatbot(
-                    show_label=False, label="Conversation", height="62vh", editable="user", buttons=["copy"],
+                    show_label=False, label="Conversation", height=HEIGHT, editable="user", buttons=["copy"],
                     layout="bubble", elem_classes="conversation", examples=self._examples(),
                     placeholder=self._welcome("en"),
                 )  # fmt: skip
-                self.attached = gr.HTML(elem_classes="attached")
                 self.box = label(
                     gr.MultimodalTextbox(
                         file_count="multiple", file_types=["image", "video"], show_label=False, label="Question",
@@ -72,6 +72,7 @@ class ChatTab:
                     placeholder="ask",
                 )  # fmt: skip
                 self.note = gr.HTML()
+                self.attached = gr.HTML(elem_classes="attached")
                 with label(gr.Accordion(open=False), label="more_sources"), gr.Row():
                     self.camera = label(gr.Image(sources=["webcam"], type="filepath", height=220), label="camera")
                     with gr.Column(visible=shell.addresses):
@@ -102,7 +103,7 @@ class ChatTab:
         self.chatbot.clear(self.clear, start, shown, cancels=answers, **AT_ONCE)
         self.new.click(self.begin_new, start, shown, cancels=answers, **AT_ONCE)
         self.list.input(self.switch, [*start, self.list], shown, cancels=answers, **AT_ONCE)
-        self.opened.upload(self.open, [*start, self.opened], shown, cancels=answers, **AT_ONCE)
+        self.opened.upload(self.open, [*start, self.opened], [*shown, self.opened], cancels=answers, **AT_ONCE)
         self.box.change(
             self.attach, [*start, self.box, *shell.choices], [self.attached, self.note],
             trigger_mode="always_last", **AT_ONCE,
@@ -241,16 +242,16 @@ class ChatTab:
         return self._shown(workspace, language, gr.update(**READY))
 
     def open(self, token: str, language: str, path: str) -> tuple:
-        """A conversation from its JSON, beside the others."""
+        """A conversation from its JSON, beside the others; the button forgets the file, which may be opened again."""
         workspace = self.shell.workspace(token)
         try:
             opened = from_json(Path(path).read_text(encoding="utf-8"), workspace.folder, read_media)
         except EXPECTED as error:
-            return self._shown(workspace, language, note=said(one_line(error), "error"))
+            return *self._shown(workspace, language, note=said(one_line(error), "error")), None
         self._leave(workspace)
         workspace.conversations.append(opened)
         workspace.at = len(workspace.conversations) - 1
-        return self._shown(workspace, language, gr.update(**READY))
+        return *self._shown(workspace, language, gr.update(**READY)), None
 
     @staticmethod
     def _leave(workspace: Workspace) -> None:

@@ -34,7 +34,7 @@ from xcomposer.studio.frame import code_of
 from xcomposer.studio.media import Media, tokens_of
 
 KINDS = ("instruction", "resume", "screenshot")
-RELEASED_BEAMS = 2  # of the webpage methods
+GUARD = {"escape_control_tokens": True}  # visitors' text stays text
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Desk:
         """
         query, history, pictures = asked(turns)
         settings = choices.settings(max_new_tokens=self.max_new_tokens)
-        given = dict(query=query, image=pictures, history=history, use_meta=True, **settings)
+        given = dict(query=query, image=pictures, history=history, use_meta=True, **GUARD, **settings)
         if self._beams(choices):
             del given["seed"]
             yield from self._whole(lambda **more: self._seeded_chat(choices.seed, **given, **more))
@@ -177,8 +177,7 @@ class Desk:
             yield real_pictures(add_scripts(code, script))
 
     def _page(self, query: str, pictures: list, history: Sequence, choices: Choices) -> Iterator[str]:
-        settings = choices.settings()
-        given = dict(inst=query, image=pictures, history=list(history), **settings)
+        given = dict(inst=query, image=pictures, history=list(history), **GUARD, **choices.settings())
         if self._beams(choices):
             yield from self._whole(lambda **more: self.model.write_webpage(output_path=None, **given, **more))
         else:
@@ -232,7 +231,7 @@ class Desk:
         new = sizes[len(sizes) - len(turns[-1].media) :]
         if config is None:
             return new, 0, 0
-        pieces = place_images(chat_prompt(query, history, CHAT_SYSTEM), len(pictures))
+        pieces = place_images(chat_prompt(query, history, CHAT_SYSTEM, True), len(pictures))
         ids = [config.image_token_id] * len(pictures)
         tokenize = tokenize_with(self.model.tokenizer)
         prompt = tokenize_prompt(pieces, [tokens for _, tokens in sizes], ids, tokenize)

@@ -80,10 +80,13 @@ class Endpoint:
         repetition_penalty: float = 1.005,
         top_k: int | None = None,
         num_beams: int = 1,
+        escape_control_tokens: bool = True,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """As the model's. Raises: ValueError: what the server refuses, and beams, which it has not."""
+        """As the model's. Raises: ValueError: what the server refuses, and what it has not: beams, text as tokens."""
         if num_beams > 1:
             raise ValueError(f"{num_beams} beams, but a server answers with one: set beams to 1")
+        if not escape_control_tokens:
+            raise ValueError("escape_control_tokens=False, but a server takes text as text")
         pictures = iter(image or ())
         messages = [{"role": "system", "content": meta_instruction}] if use_meta and meta_instruction else []
         for asked, said in history:

@@ -24,6 +24,14 @@ DEVICES = ("desktop", "tablet", "phone")
 # The page in a window of its own: a document of ours, with the page in the same two frames as in the preview.
 OPEN_WINDOW = "(page) => { if (page) window.open(URL.createObjectURL(new Blob([page], {type: 'text/html'}))) }"
 
+# The preview is put in whole: gradio would compare it with the last one and change what differs.
+HOLDER = '<div class="holder"></div>'
+DRAW = """
+const draw = () => { element.querySelector('.holder').innerHTML = props.value || '' };
+watch('value', draw);
+draw();
+"""
+
 
 class PageTab:
     def __init__(self, shell: Shell):
@@ -83,7 +91,7 @@ class PageTab:
                     self.allow = label(gr.Button(size="sm", scale=0, min_width=150), value="allow_hosts")
                 with gr.Tabs():
                     with label(gr.Tab(id="preview"), label="preview"):
-                        self.preview = gr.HTML(elem_classes="preview")
+                        self.preview = gr.HTML(html_template=HOLDER, js_on_load=DRAW, elem_classes="preview")
                     with label(gr.Tab(id="code"), label="code"):
                         self.code = gr.Code(language="html", show_label=False, label="Code", lines=24, max_lines=32)
                 self.window = gr.Textbox(visible=False)
@@ -97,6 +105,7 @@ class PageTab:
         self.shown = [self.preview, self.code, self.versions, self.hosts_row, self.hosts, self.note, self.halt]
         start = [shell.token, shell.language, self.device]
         asked = [*start, self.kind, self.instruction, self.resume_file, self.resume, self.screenshot, self.wish]
+        after = [self.preview, self.code]
         running = [
             self.write.click(self.begin, start, self.shown, **AT_ONCE).then(
                 self.write_page, [*asked, *shell.choices], self.shown, **MODEL
@@ -105,6 +114,8 @@ class PageTab:
                 self.change_page, [*start, self.wanted, *shell.choices], [*self.shown, self.wanted], **MODEL
             ),
         ]
+        for event in running:  # once more when it is over: the last state must not be lost among the quick ones
+            event.then(self.settled, start, after, **AT_ONCE)
         self.halt.click(self.stop, [*start, self.code], self.shown, cancels=running, **AT_ONCE)
         self.code.input(self.edit, [*start, self.code], self.shown, trigger_mode="always_last", **AT_ONCE)
         self.versions.input(self.show_version, [*start, self.versions], self.shown, cancels=running, **AT_ONCE)
@@ -158,6 +169,11 @@ class PageTab:
         workspace = self.shell.workspace(token)
         writing = "page" in workspace.running
         return (gr.skip(),) * 7 if writing else self._shown(workspace, language, device)
+
+    def settled(self, token: str, language: str, device: str) -> tuple:
+        """The page and its code as they are in the end."""
+        workspace = self.shell.workspace(token)
+        return (gr.skip(),) * 2 if "page" in workspace.running else self._shown(workspace, language, device)[:2]
 
     # --------------------------------------------------------------------------------------------------------- writing
 

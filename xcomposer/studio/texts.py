@@ -43,8 +43,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "as_markdown": ("Markdown", "Markdown"),
     "as_json": ("JSON", "JSON"),
     "open_json": ("Open JSON", "打开 JSON"),
-    "tiles": ("{} tiles, {} tokens", "{} 块，{} 词元"),
-    "frames": ("{} frames, {} tokens", "{} 帧，{} 词元"),
+    "tiles": ("tiles: {}, tokens: {}", "块数：{}，词元：{}"),
+    "frames": ("frames: {}, tokens: {}", "帧数：{}，词元：{}"),
     "prompt": ("{:,} of {:,} tokens", "{:,} / {:,} 词元"),
     "too_long": ("The prompt is too long: ", "提示过长："),
     # page
