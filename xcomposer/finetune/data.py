@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from xcomposer.finetune.formats import BadRow, Row
+from xcomposer.finetune.formats import BadRow, Pair, Row
 from xcomposer.model.ixc_utils import BAND, check_count, get_font, load_media
 from xcomposer.model.prompting_internlm_xcomposer2 import (
     IGNORE_INDEX,
@@ -21,6 +21,7 @@ from xcomposer.model.prompting_internlm_xcomposer2 import (
     TURN_OPEN,
     answer_labels,
     place_images,
+    reward_text,
     tokenize_prompt,
     tokenize_with,
     training_text,
@@ -52,6 +53,8 @@ class Encoder:
         ValueError: a number below 1.
     """
 
+    bos_on_text = True  # a picture in front of all text stands before BOS, as in the released training
+
     def __init__(self, config, tokenizer, hd_num: int | None = None, num_frm: int = 32, max_length: int | None = None):
         self.tokenize = tokenize_with(tokenizer)
         self.layout, self.tile = config.layout, config.tile
@@ -77,24 +80,34 @@ class Encoder:
             ValueError: a picture that cannot be read, marks and pictures that differ in number, too many tokens, or
                 nothing left to learn. FileNotFoundError, ImportError: as `load_media`.
         """
-        turns, opening = list(row.turns), ""
-        if turns[0][0] == "system":
-            opening = turn("system", turns.pop(0)[1])
-        pieces = place_images(opening + training_text(turns), len(row.media))
+        if not isinstance(row, Row):
+            raise ValueError("a pair of conversations among rows of single ones; train on them in a run of their own")
+        pieces = place_images(self.text_of(row), len(row.media))
         hd_num = self.choose_hd_num(row)
         pictures = [load_media(source, num_frm=self.num_frm) for source in row.media]
         lengths = [self.layout.tokens(*self.layout.grid(picture, hd_num)) for picture in pictures]
         placeholders = [self.image_token_id] * len(lengths)
-        prompt = tokenize_prompt(pieces, lengths, placeholders, self.tokenize, bos_on_text=True)
+        prompt = tokenize_prompt(pieces, lengths, placeholders, self.tokenize, bos_on_text=self.bos_on_text)
         if len(prompt.input_ids) > self.max_length:
             raise ValueError(
                 f"{len(prompt.input_ids)} tokens, {sum(lengths)} of them image tokens, but at most {self.max_length} "
                 f"fit; shorten it, or lower its hd_num ({hd_num})"
             )
-        labels = answer_labels(prompt.input_ids, self.header, self.close_id)
+        return Conversation(prompt.input_ids, self.labels_of(prompt.input_ids), pictures, hd_num)
+
+    def text_of(self, row: Row) -> str:
+        """A row's text, with marks."""
+        turns, opening = list(row.turns), ""
+        if turns[0][0] == "system":
+            opening = turn("system", turns.pop(0)[1])
+        return opening + training_text(turns)
+
+    def labels_of(self, input_ids: list[int]) -> list[int]:
+        """What is learned of a row's tokens."""
+        labels = answer_labels(input_ids, self.header, self.close_id)
         if all(label == IGNORE_INDEX for label in labels):
             raise ValueError("every label is masked: no answer is left to learn from")
-        return Conversation(prompt.input_ids, labels, pictures, hd_num)
+        return labels
 
     def __call__(self, row: Row) -> dict[str, Any]:
         """`input_ids` and `labels` (T), and with pictures `pixel_values` (N, 3, tile, tile), `image_grid_thw` (n, 3).
@@ -114,6 +127,39 @@ class Encoder:
         return features
 
 
+class _ScoredEncoder(Encoder):
+    """One conversation of a pair, as `get_scores` reads it; no token of it is learned."""
+
+    bos_on_text = False
+
+    def text_of(self, row: Row) -> str:
+        return reward_text([{"role": role, "content": text.strip()} for role, text in row.turns])
+
+    def labels_of(self, input_ids: list[int]) -> list[int]:
+        return [IGNORE_INDEX] * len(input_ids)
+
+
+class PairEncoder:
+    """Pairs -> features of both conversations. Arguments: see `Encoder`."""
+
+    def __init__(self, *args, **kwargs):
+        self.one = _ScoredEncoder(*args, **kwargs)
+
+    def open(self, pair: Pair) -> Conversation:
+        """The longer of both conversations, opened.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: as `Encoder.open`, or a row that is no pair.
+        """
+        if not isinstance(pair, Pair):
+            raise ValueError("a single conversation among pairs; train on them in a run of their own")
+        return max(map(self.one.open, pair), key=lambda opened: len(opened.input_ids))
+
+    def __call__(self, pair: Pair) -> list[dict[str, Any]]:
+        """Features of the chosen and of the rejected conversation."""
+        return [self.one(row) for row in pair]
+
+
 def is_video(picture: Any) -> bool:
     return isinstance(picture, list)
 
@@ -121,13 +167,13 @@ def is_video(picture: Any) -> bool:
 class RowDataset(Dataset):
     """Rows, encoded when asked for: nothing is kept, so workers share nothing but the rows' texts."""
 
-    def __init__(self, rows: Sequence[Row], encoder: Encoder):
+    def __init__(self, rows: Sequence[Row] | Sequence[Pair], encoder: Encoder | PairEncoder):
         self.rows, self.encoder = list(rows), encoder
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         return self.encoder(self.rows[index])
 
 
@@ -172,6 +218,18 @@ class Collator:
         return batch
 
 
+class PairCollator(Collator):
+    """Features of pairs -> a batch (2 B, T): all chosen conversations, then all rejected ones. Without labels."""
+
+    def __init__(self, encoder: PairEncoder, touch_vision: bool = False):
+        super().__init__(encoder.one, touch_vision)
+
+    def __call__(self, pairs: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
+        batch = super().__call__([row for side in zip(*pairs, strict=True) for row in side])
+        del batch["labels"]
+        return batch
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
     """Rows of different lengths -> (B, T), filled on the right; T is at least `width`."""
     width = max(width, *map(len, rows))
@@ -181,7 +239,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
 class _Measured(Dataset):
     """The tokens of each row, or the reason why it is bad."""
 
-    def __init__(self, rows: Sequence[Row | BadRow], encoder: Encoder):
+    def __init__(self, rows: Sequence[Row | Pair | BadRow], encoder: Encoder | PairEncoder):
         self.rows, self.encoder = rows, encoder
 
     def __len__(self) -> int:
@@ -202,12 +260,14 @@ class _Measured(Dataset):
 class Checked(NamedTuple):
     """What the check pass found: rows to train on, the tokens of each, and the bad ones."""
 
-    rows: list[Row]
+    rows: list[Row] | list[Pair]
     lengths: list[int]
     bad: list[BadRow]
 
 
-def check_rows(rows: Sequence[Row | BadRow], encoder: Encoder, workers: int = 0, progress: bool = True) -> Checked:
+def check_rows(
+    rows: Sequence[Row | Pair | BadRow], encoder: Encoder | PairEncoder, workers: int = 0, progress: bool = True
+) -> Checked:
     """Open every row's pictures and count its tokens, before any weight is loaded.
 
     With several processes each checks its share, and all learn the whole.

@@ -7,6 +7,11 @@ Rows, told apart by their keys:
     messages       [{"role": "user", "content": text, or [{"type": "text" | "image" | "video", ...}]}, ...], as TRL
     query          {"query", "response", "history": [[query, response], ...], "system"}
 
+or pairs of conversations, the better one first, from which a score head learns:
+
+    conversations_a, conversations_b  each as `conversations`, the released format of preference data
+    chosen, rejected  each as `messages`, as TRL; or text, the answers to `prompt`. `prompt` goes in front of both
+
 Beside them stand `image` or `images`, `video` or `videos` (a source or a list), which take the `<ImageHere>` marks of
 the texts in order (pictures first); a question may also hold `<img>path-or-url</img>`. `hd_num` is the row's own.
 """
@@ -23,6 +28,7 @@ from xcomposer.model.prompting_internlm_xcomposer2 import IMAGE_MARK, ROLES, sho
 
 MOST_ROWS = 100_000_000  # of a file in a list: more would fill memory before the first is read
 FORMATS = ("conversations", "messages", "query")
+PAIRS = {"conversations": ("conversations_a", "conversations_b"), "messages": ("chosen", "rejected")}
 INLINE = re.compile(rf"<img>(.*?)</img>|{IMAGE_MARK}", re.DOTALL)
 ADDRESS = re.compile(r"data:|[A-Za-z][\w+.-]*://")
 ROLE_NAMES = {"system": "system", **ROLES}
@@ -37,6 +43,17 @@ class Row(NamedTuple):
     media: list[Any]
     hd_num: int | None = None
     name: str = "a row"
+
+
+class Pair(NamedTuple):
+    """Two conversations of which the first is the better one."""
+
+    chosen: Row
+    rejected: Row
+
+    @property
+    def name(self) -> str:
+        return self.chosen.name
 
 
 class BadRow(NamedTuple):
@@ -183,6 +200,35 @@ def row_of(record: Any, name: str = "a row", folders: Iterable[Path] = ()) -> Ro
     return Row(turns, media.rest(), hd_num, name)
 
 
+def as_messages(part: Any, role: str) -> list:
+    """A prompt or an answer of preference data as messages: text is one of them."""
+    return [{"role": role, "content": part}] if isinstance(part, str) else list(part or ())
+
+
+def pair_of(record: Mapping[str, Any], name: str = "a row", folders: Iterable[Path] = ()) -> Pair | None:
+    """One record of preference data -> its pair; None for a record of single conversations.
+
+    Raises:
+        ValueError: as `row_of`, or half of a pair; says which conversation is wrong.
+    """
+    rows = []
+    for form, keys in PAIRS.items():
+        there = [key for key in keys if key in record]
+        if len(there) == 1:
+            raise ValueError(f"{there[0]} without {keys[keys[0] == there[0]]}")
+        for key in there:
+            said = record[key]
+            try:
+                if form == "messages":
+                    said = as_messages(record.get("prompt"), "user") + as_messages(said, "assistant")
+                rows.append(row_of({**record, form: said}, name, folders))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{key}: {error}") from error
+        if there:
+            return Pair(*rows)
+    return None
+
+
 def check_turns(turns: list[tuple[str, str]]) -> None:
     """Raise a ValueError for turns that teach nothing or that the prompt cannot hold."""
     roles = [role for role, _ in turns]
@@ -264,7 +310,7 @@ def listed_files(path: Path) -> Iterator[tuple[Path, int | None]]:
         yield Path(locate(name.strip() or line, [path.parent, Path()])), rows
 
 
-def read_rows(path: str | Path, image_folder: str | Path | None = None, seed: int = 0) -> list[Row | BadRow]:
+def read_rows(path: str | Path, image_folder: str | Path | None = None, seed: int = 0) -> list[Row | Pair | BadRow]:
     """All rows of a training file, bad ones as `BadRow`, each named by its file and its number from 1.
 
     A list's file gives the number of rows asked for: a random part of it (by `seed`), or all of it over and over and
@@ -289,7 +335,8 @@ def read_rows(path: str | Path, image_folder: str | Path | None = None, seed: in
         for number, record in enumerate(read_records(path), start=1):
             name = f"{path.name} row {number}"
             try:
-                rows.append(row_of(record, name, folders))
+                pair = pair_of(record, name, folders) if isinstance(record, Mapping) else None
+                rows.append(pair or row_of(record, name, folders))
             except ValueError as error:
                 rows.append(BadRow(name, str(error)))
     if not rows:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from xcomposer.model.configuration_internlm_xcomposer2 import INFER_MODES
@@ -24,6 +24,7 @@ LEARNING_RATES = {"full": 1e-5, "lora": 5e-5, "qlora": 5e-5, "adapter": 5e-5}
 # The decoder's own linears, beneath their adapters.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))\.linear"
 ADAPTER_FILE = "task_adapter.safetensors"  # what a checkpoint of an adapter run holds
+CAUSAL = {"task_type": "CAUSAL_LM"}
 # Part of the model -> its parameters in the module tree.
 PARTS = {
     "vision_tower": r"model\.vision_tower\.",
@@ -32,12 +33,15 @@ PARTS = {
 }
 
 
-def load_model(folder: str | Path, mode: str, dtype: torch.dtype | str | None = None, device=None, **kwargs):
+def load_model(
+    folder: str | Path, mode: str, dtype: torch.dtype | str | None = None, device=None, scores: bool = False, **kwargs
+):
     """The model of a checkpoint folder, as `mode` trains it: 4-bit for qlora, without unused task adapters.
 
     Args:
         dtype: of the weights. None: float32 for full (optimisers need it), else as they were saved.
         device: for qlora, whose weights are quantised where they will stay.
+        scores: with a score head: the checkpoint's, else a new one.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
@@ -50,7 +54,10 @@ def load_model(folder: str | Path, mode: str, dtype: torch.dtype | str | None = 
         )
         if device is not None and torch.device(device).type != "cpu":
             kwargs["device_map"] = {"": device}
-    model = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs)
+    if scores:
+        kwargs["new_head"] = True
+    auto_class = AutoModelForSequenceClassification if scores else AutoModel
+    model = auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs)
     if is_deepspeed_zero3_enabled():  # transformers keeps more renamings than it applied, and would save by them
         del model._weight_conversions
     return model
@@ -84,9 +91,9 @@ def prepare_lora(
     if start is not None:
         compare_lora(model, Path(start))
         return peft.PeftModel.from_pretrained(model, start, is_trainable=True)
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
-    )
+    # A score head is trained whole, and saved with the LoRA.
+    head = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if hasattr(model, "score") else CAUSAL
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, **head)
     return peft.get_peft_model(model, config)
 
 
@@ -194,6 +201,8 @@ def compare_lora(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder} is no LoRA folder: it has no {file.name}")
     given, own = {}, {}
     for key, tensor in load_file(file).items():
+        if ".lora_" not in key:  # a head that was trained with it
+            continue
         linear, side = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
         given[linear, side[0]] = tensor.shape[1 if side[0] == "A" else 0]
     for linear, _ in given:

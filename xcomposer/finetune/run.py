@@ -22,9 +22,17 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from xcomposer.finetune import modes
-from xcomposer.finetune.data import Checked, Collator, Encoder, RowDataset, check_rows
-from xcomposer.finetune.formats import read_rows
-from xcomposer.finetune.training import Arguments, IXCTrainer
+from xcomposer.finetune.data import (
+    Checked,
+    Collator,
+    Encoder,
+    PairCollator,
+    PairEncoder,
+    RowDataset,
+    check_rows,
+)
+from xcomposer.finetune.formats import BadRow, Pair, Row, read_rows
+from xcomposer.finetune.training import Arguments, IXCTrainer, PreferenceTrainer
 from xcomposer.model.ixc_utils import check_count
 
 RUN_FILE = "run.json"
@@ -127,13 +135,18 @@ def last_checkpoint(output: Path, run: dict, resume: bool) -> str | None:
     return get_last_checkpoint(str(output))
 
 
-def read_checked(path: str, settings: Settings, encoder: Encoder, arguments: Arguments) -> Checked:
-    """Rows of a file, checked; the bad ones are listed on stderr.
+def check(
+    rows: list[Row | Pair | BadRow],
+    path: str,
+    settings: Settings,
+    encoder: Encoder | PairEncoder,
+    arguments: Arguments,
+) -> Checked:
+    """Rows of the file `path`, checked; the bad ones are listed on stderr.
 
     Raises:
         ValueError: bad rows and no --skip-bad, or no good row.
     """
-    rows = read_rows(path, settings.image_folder, arguments.seed)
     progress = not arguments.disable_tqdm
     checked = check_rows(rows, encoder, arguments.dataloader_num_workers, progress)
     if PartialState().is_main_process:
@@ -149,10 +162,14 @@ def read_checked(path: str, settings: Settings, encoder: Encoder, arguments: Arg
     return checked
 
 
-def build_model(settings: Settings, arguments: Arguments):
-    """The model, prepared for its mode, and the names of the task adapters that are trained."""
+def build_model(settings: Settings, arguments: Arguments, scores: bool = False):
+    """The model, prepared for its mode, and the names of the task adapters that are trained.
+
+    Args:
+        scores: with a score head.
+    """
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    model = modes.load_model(settings.model, settings.mode, dtype, arguments.device)
+    model = modes.load_model(settings.model, settings.mode, dtype, arguments.device, scores)
     model.config.use_cache = False
     if settings.mode == "full":
         frozen = [part for part in modes.PARTS if getattr(settings, f"freeze_{part}")]
@@ -169,16 +186,18 @@ def build_model(settings: Settings, arguments: Arguments):
 
 
 def build_trainer(
-    settings: Settings, arguments: Arguments, train: Checked, evaluation: Checked | None, encoder: Encoder
+    settings: Settings, arguments: Arguments, train: Checked, evaluation: Checked | None, encoder: Encoder | PairEncoder
 ) -> IXCTrainer:
     """Model, datasets and collator in a trainer."""
     set_seed(arguments.seed)
     stored = AutoConfig.from_pretrained(settings.model, trust_remote_code=True).dtype
-    model, names = build_model(settings, arguments)
-    return IXCTrainer(
+    scores = isinstance(encoder, PairEncoder)
+    model, names = build_model(settings, arguments, scores)
+    trainer, collator = (PreferenceTrainer, PairCollator) if scores else (IXCTrainer, Collator)
+    return trainer(
         model,
         arguments,
-        data_collator=Collator(encoder, touch_vision=needs_touch(model, arguments)),
+        data_collator=collator(encoder, touch_vision=needs_touch(model, arguments)),
         train_dataset=RowDataset(train.rows, encoder),
         eval_dataset=None if evaluation is None else RowDataset(evaluation.rows, encoder),
         base=Path(settings.model),
@@ -216,6 +235,17 @@ def memory_advice(settings: Settings, arguments: Arguments, error: BaseException
     return f"out of memory ({str(error).splitlines()[0]}); lower it by " + ", ".join(filter(None, advice))
 
 
+def check_head(settings: Settings, config, pairs: bool) -> None:
+    """Raise a ValueError where rows, head and mode do not go together."""
+    if pairs and settings.mode == "adapter":
+        raise ValueError(f"{settings.data} holds pairs, which train a score head; use --mode full, lora or qlora")
+    if not pairs and config.head == "score":
+        raise ValueError(
+            f"{settings.model} has a score head, which learns from pairs (conversations_a and conversations_b, or "
+            f"chosen and rejected); {settings.data} holds none"
+        )
+
+
 def train(settings: Settings, arguments: Arguments) -> IXCTrainer:
     """The whole run: check, load, train, save."""
     state = PartialState()
@@ -224,9 +254,16 @@ def train(settings: Settings, arguments: Arguments) -> IXCTrainer:
     checkpoint = last_checkpoint(output, run, settings.resume)
     config = AutoConfig.from_pretrained(settings.model, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=True)
-    encoder = Encoder(config, tokenizer, settings.hd_num, settings.num_frm, settings.max_length)
-    checked = read_checked(settings.data, settings, encoder, arguments)
-    evaluation = read_checked(settings.eval_data, settings, encoder, arguments) if settings.eval_data else None
+    rows = read_rows(settings.data, settings.image_folder, arguments.seed)
+    pairs = any(isinstance(row, Pair) for row in rows)
+    check_head(settings, config, pairs)
+    encoder_of = PairEncoder if pairs else Encoder
+    encoder = encoder_of(config, tokenizer, settings.hd_num, settings.num_frm, settings.max_length)
+    checked = check(rows, settings.data, settings, encoder, arguments)
+    evaluation = None
+    if settings.eval_data:
+        rows = read_rows(settings.eval_data, settings.image_folder, arguments.seed)
+        evaluation = check(rows, settings.eval_data, settings, encoder, arguments)
     state.wait_for_everyone()
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,23 @@ class IXCTrainer(Trainer):
         return None
 
 
+class PreferenceTrainer(IXCTrainer):
+    """Trains a score head on pairs, see `PairCollator`: the loss is -log sigmoid(chosen - rejected)."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Bradley-Terry's, as IXC-2.5-Reward was trained (arXiv:2501.12368, section 3.2)."""
+        outputs = model(**inputs)
+        chosen, rejected = outputs.logits.flatten().chunk(2)
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The library's asks for labels before it computes a loss."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+
 def tree_name(model, name: str) -> str:
     """A released parameter name as the module tree has it."""
     for pattern, replacement in sys.modules[type(model).__module__].RENAMINGS:
