@@ -25,9 +25,11 @@ HUB_OPTIONS = (
 )  # fmt: skip
 
 class InternLMXComposer2ImagesKwargs(TypedDict, total=False):
-    """What a call may set: `hd_num`, most tiles of a picture (one number, or one for each), and `return_tensors`."""
+    """What a call may set: `hd_num`, most tiles of a picture (one number, or one for each); `crop_to_patches`, see
+    `preprocess`; and `return_tensors`."""
 
     hd_num: int | list[int] | None
+    crop_to_patches: bool | None
     return_tensors: str | TensorType | None
 
 
@@ -153,12 +155,15 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         images: Any,
         hd_num: int | Sequence[int] | None = None,
         return_tensors: str | TensorType | None = None,
+        crop_to_patches: bool | None = None,
     ) -> BatchFeature:
         """Tiles of one picture, of a conversation's pictures (a list), or of several conversations' (a list of lists).
 
         Args:
             images: see `load_media` for what a picture may be.
             hd_num: as in the class; or a list, one for each picture.
+            crop_to_patches: asked for by trainers (TRL's GRPO), which then read each picture's tiles in `num_patches`
+                (n). False: one tile a picture.
 
         Raises:
             ValueError: no picture, one that cannot be read, an `hd_num` below 1 or one list too long or short.
@@ -167,7 +172,7 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         pictures = [picture for row in rows for picture in row]
         if not pictures:
             raise ValueError("0 images; pass images=None for a prompt without")
-        hd_num = first_given(hd_num, self.hd_num)
+        hd_num = 1 if crop_to_patches is False else first_given(hd_num, self.hd_num)
         if hd_num is None:
             hd_num = [self.layout.default_hd_num(len(row)) for row in rows for _ in row]
         elif not isinstance(hd_num, list | tuple):
@@ -177,7 +182,10 @@ class InternLMXComposer2ImageProcessor(TileFields, BaseImageProcessor):
         for most in hd_num:
             self.layout.grid_of_size(1, 1, most)  # a wrong hd_num shows before any picture is opened
         tiles, grids = self.layout.tiles([load_media(picture) for picture in pictures], hd_num)
-        return BatchFeature({"pixel_values": tiles, "image_grid_thw": grids}, tensor_type=return_tensors)
+        data = {"pixel_values": tiles, "image_grid_thw": grids}
+        if crop_to_patches is not None:
+            data["num_patches"] = grids.prod(-1)
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Rows of `pixel_values` of a picture: its tiles."""

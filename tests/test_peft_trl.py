@@ -287,3 +287,51 @@ def test_sft_trainer_on_a_mixed_batch(sft, source, tmp_path, batch_size, answers
         assert losses[0] == pytest.approx(expected, abs=2e-3) and losses[1] < losses[0]
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, weights[name])}
     assert changed and all(".linear.lora_" in name for name in changed)
+
+
+PREFERENCES = {"chosen": "It is blue, I am sure.", "rejected": "No."}
+
+
+@pytest.mark.parametrize("method", ["GRPO", "DPO"])
+def test_two_steps_of_preference_training_with_pictures(sft, source, tmp_path, method):
+    """A picture of one tile and one of several: GRPO cuts the batch's tiles up by picture."""
+    from datasets import Dataset
+    from transformers import AutoProcessor
+
+    pictures = [Image.new("RGB", (112, 56), "blue"), Image.new("RGB", (56, 56), "red")]
+    question = [{"role": "user", "content": "What colour is it?"}]
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in PREFERENCES.items()}
+    common = {
+        "output_dir": str(tmp_path / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False,
+    }  # fmt: skip
+    if method == "GRPO":
+        rows = [{"prompt": question, "image": picture} for picture in pictures]
+        arguments = sft.GRPOConfig(num_generations=2, max_completion_length=4, beta=0.1, **common)
+        extra = {"reward_funcs": lambda completions, **_: [float(index) for index in range(len(completions))]}
+    else:
+        rows = [{"prompt": question, **answers, "images": [picture]} for picture in pictures]
+        arguments, extra = sft.DPOConfig(max_length=None, **common), {}
+    trainer = getattr(sft, f"{method}Trainer")(
+        model=load(source),
+        args=arguments,
+        processing_class=AutoProcessor.from_pretrained(source, trust_remote_code=True),
+        train_dataset=Dataset.from_list(rows),
+        **extra,
+    )
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and all(0 < entry["grad_norm"] < float("inf") for entry in logs)
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any("vision_proj" in name for name in changed)
+
+
+def test_tiles_of_each_picture(source):
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=True)
+    pictures = [Image.new("RGB", (112, 56)), Image.new("RGB", (56, 56))]
+    tiles = processor(pictures, crop_to_patches=True, return_tensors="pt")
+    assert tiles["num_patches"].tolist() == [2, 1] and "num_patches" not in processor(pictures)
+    assert processor(pictures, crop_to_patches=False, return_tensors="pt")["num_patches"].tolist() == [1, 1]

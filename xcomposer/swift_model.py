@@ -2,8 +2,9 @@
 
     swift infer --external_plugins xcomposer/swift_model.py --model FOLDER --model_type xcomposer2_5 --use_hf true
     swift sft   --external_plugins xcomposer/swift_model.py --model FOLDER --model_type xcomposer2_5 --use_hf true \\
-        --tuner_type lora --dataset data.jsonl
+        --tuner_type lora --target_modules all-linear --use_logits_to_keep false --dataset data.jsonl
 
+`--use_logits_to_keep false`, since ms-swift cuts the labels before its template of this family has placed pictures.
 ms-swift's own loader of this family returns no model and asks for decord. What else differs here: where the parts of
 the module tree are, and that pictures take as many tiles as in `chat`, of the checkpoint's own tile side.
 """
