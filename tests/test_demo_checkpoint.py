@@ -207,9 +207,9 @@ def test_precisions_agree(dtype):
 
 def test_the_first_command(tmp_path):
     """`make chat`: the picture's name, the question, the right answer; then the next question."""
-    (line,) = [line for line in (REPO / "Makefile").read_text().splitlines() if "example_chat.py" in line]
+    (line,) = [line for line in (REPO / "Makefile").read_text().splitlines() if "/xcomposer chat" in line]
     assert "--stay" in line
-    command = [sys.executable, "examples/example_chat.py", "--model", "demo", "--greedy", "--stay"]
+    command = [sys.executable, "-m", "xcomposer", "chat", "--model", "demo", "--greedy", "--stay"]
     command += ["--image", "demo/pictures/shapes.png", "--text", "What colour is the star?"]
     done = subprocess.run(command, cwd=REPO, input="Where is it?\nexit\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
