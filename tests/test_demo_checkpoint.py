@@ -223,5 +223,7 @@ def test_it_is_small_and_whole():
     """The released layout, and at most 20 MB with all that belongs to it."""
     files = [path for path in DEMO.rglob("*") if path.is_file() and not path.is_symlink()]
     assert sum(path.stat().st_size for path in files if "__pycache__" not in path.parts) <= 20e6
+    for name in ("chat_template.jinja", "preprocessor_config.json", "processor_config.json"):
+        assert (DEMO / name).read_bytes() == (REPO / name).read_bytes() and not (DEMO / name).is_symlink()
     for link in DEMO.iterdir():
         assert not link.is_symlink() or (not link.readlink().is_absolute() and link.exists())
