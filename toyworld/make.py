@@ -175,7 +175,7 @@ def export(model: nn.Module, untrained: Path, out: Path, dtype: torch.dtype = to
             continue
         target = out / file.name
         target.unlink(missing_ok=True)
-        if file.suffix == ".py":  # what else is read must be a file of its own where links are plain files, as on Windows
+        if file.suffix == ".py":  # the rest must be whole where links are plain files, as on Windows
             target.symlink_to(Path("..") / file.name if out.parent == REPO else (REPO / file.name))
         else:
             target.write_bytes(file.read_bytes())
