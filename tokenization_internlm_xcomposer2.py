@@ -199,16 +199,19 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
         return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def _without_close(self, token_ids) -> list[int]:
-        """Ids up to the special tokens and the closing token that end them."""
+        """Ids up to what ends them: special tokens, and before these the closing token of an answer.
+
+        Whoever stops at `</s>` alone gets an answer's end as it was trained: the closing token, a line end, `</s>`.
+        """
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        close = self.convert_tokens_to_ids(TURN_CLOSE)
-        if close == self.unk_token_id:
-            return ids
-        ending = {close, *self.all_special_ids}
+        special = set(self.all_special_ids)
         end = len(ids)
-        while end and ids[end - 1] in ending:
+        while end and ids[end - 1] in special:
             end -= 1
-        return ids[:end]
+        close, line_end = self.convert_tokens_to_ids([TURN_CLOSE, "\n"])
+        if end < len(ids) and ids[max(0, end - 2) : end] == [close, line_end]:
+            end -= 1
+        return ids[: end - 1] if end and ids[end - 1] == close != self.unk_token_id else ids[:end]
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):

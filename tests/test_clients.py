@@ -29,6 +29,8 @@ def processor(tiny_checkpoint):
     [
         (f"A picture{CLOSE}", "A picture"),
         (f"A picture{CLOSE}</s></s>", "A picture"),
+        (f"A picture{CLOSE}\n</s>", "A picture"),  # of a client that stops at </s> alone
+        ("A picture\n</s>", "A picture\n"),
         (f"{OPEN}user\nhi{CLOSE}\n", f"{OPEN}user\nhi{CLOSE}\n"),  # only where an answer ends
         (CLOSE, ""),
         ("", ""),
