@@ -21,6 +21,7 @@ SAYS = {
         ["page.html", "resume.html", "screenshot.html"],
     ),
     "article": ([], []),
+    "best_of_n": (["orange cross"], []),
     "compose_article": (["article.html"], ["article.html"]),
 }
 
