@@ -239,6 +239,11 @@ def route_image_tokens(mask: Tensor, dense: bool, dtype: torch.dtype) -> Tensor:
     return mask[..., None].to(dtype) if dense else mask.flatten().nonzero().squeeze(1)
 
 
+def tensors_to(device: torch.device, *values):
+    """`values` with the tensors among them on `device`."""
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in values)
+
+
 class InternLM2Model(InternLM2PreTrainedModel):
     """Token embeddings, decoder layers, final norm."""
 
@@ -299,9 +304,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        attention_mask, position_ids, image_mask, rope_length = (
-            value.to(inputs_embeds.device) if isinstance(value, Tensor) else value
-            for value in (attention_mask, position_ids, image_mask, rope_length)
+        attention_mask, position_ids, image_mask, rope_length = tensors_to(
+            inputs_embeds.device, attention_mask, position_ids, image_mask, rope_length
         )
         if image_mask is None and self.training:  # data-parallel training waits for a gradient on every parameter
             image_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
