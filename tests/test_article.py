@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 import zipfile
 from dataclasses import replace
 
@@ -432,3 +433,16 @@ def test_nothing_is_half_written(illustrated, tmp_path, monkeypatch):
         render(article, Pictures(), ".html")
     with pytest.raises(FileNotFoundError):
         export(article, store, tmp_path / "no" / "a.html")
+
+
+def test_a_pdf_leaves_pillow_as_strict_as_it_was(tmp_path):
+    """WeasyPrint's import lets Pillow read cut files: a chat would take a broken upload from then on."""
+    pytest.importorskip("weasyprint")
+    from PIL import ImageFile
+
+    from xcomposer.article.files import _pdf
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "weasyprint"]:
+        del sys.modules[name]  # imported anew
+    _pdf(Article(title="A"), Pictures())
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False

@@ -398,7 +398,7 @@ for config in (model.config, model.config.text_config, model.config.vision_confi
 
 
 def test_flash_attention_falls_back(tiny_checkpoint):
-    """The released config asks for flash-attn; without it: SDPA, said once."""
+    """The released config asks for flash-attn; without it: SDPA, and no warning that a newcomer could not use."""
     if is_flash_attn_2_available():
         pytest.skip("flash-attn is installed")
     assert '"attn_implementation": "flash_attention_2"' in (tiny_checkpoint / "config.json").read_text()
@@ -407,7 +407,7 @@ def test_flash_attention_falls_back(tiny_checkpoint):
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in (done.stdout + done.stderr).splitlines() if "flash" in line.lower()]
-    assert len(said) == 1, done.stderr
+    assert not said, done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from PIL import ImageFile
+
 from xcomposer.article.article import Article, Block
 from xcomposer.article.pictures import Pictures
 
@@ -167,6 +169,7 @@ def _readable(name: str, pictures: Pictures) -> bytes:
 
 def _pdf(article: Article, pictures: Pictures) -> bytes:
     """The HTML, printed; it reaches nothing but itself. Raises: ImportError: no WeasyPrint, or no Pango for it."""
+    cut_pictures = ImageFile.LOAD_TRUNCATED_IMAGES  # WeasyPrint lets Pillow read cut files from its import on
     try:
         from weasyprint import HTML
         from weasyprint.urls import URLFetcher
@@ -175,6 +178,8 @@ def _pdf(article: Article, pictures: Pictures) -> bytes:
             f"PDF needs WeasyPrint 68 or later and the Pango library ({error}): pip install weasyprint; apt install "
             f"libpango-1.0-0 libpangoft2-1.0-0"
         ) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = cut_pictures
     inside = URLFetcher(allowed_protocols={"data"}, fail_on_errors=True)
     return HTML(string=to_html(article, pictures), url_fetcher=inside).write_pdf()
 
