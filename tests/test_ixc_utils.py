@@ -807,9 +807,10 @@ FILES = ["ixc_utils", "media_internlm_xcomposer2", "video_decoding_internlm_xcom
 def test_loads_as_remote_code_by_itself(tmp_path, monkeypatch):
     dynamic = pytest.importorskip("transformers.dynamic_module_utils")
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Without what other tests have loaded from another cache.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").exists()])
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # of another cache, loaded by other tests
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "repo").mkdir()
     for name in FILES:
         shutil.copy(ROOT / f"{name}.py", tmp_path / "repo")
