@@ -29,6 +29,8 @@ from .prompting_internlm_xcomposer2 import (
     TURN_OPEN,
     Prompt,
     chat_prompt,
+    check_text,
+    check_text_length,
     cut_answer,
     place_images,
     short,
@@ -101,17 +103,6 @@ def with_penalty(settings: dict, spared: int | None = None) -> dict:
     if penalty != 1.0:
         processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=spared))
     return {**settings, "repetition_penalty": 1.0, "logits_processor": processors}
-
-
-def check_text_length(text: str, limit: int, tokenizer) -> None:
-    """Raise a ValueError for a text that cannot fit `limit` tokens, without tokenising it: megabytes take seconds."""
-    if len(text) > limit:
-        longest_piece = max(map(len, tokenizer.get_vocab()))
-        if len(text) > limit * longest_piece:
-            raise ValueError(
-                f"the prompt has {len(text)} characters, which make {len(text) // longest_piece} tokens or more, but "
-                f"max_length is {limit}; shorten the text or the history"
-            )
 
 
 class ConversationMixin:
@@ -520,8 +511,15 @@ class ConversationMixin:
     # Embedding helpers of the release's clients.
 
     def encode_text(self, text: str, add_special_tokens: bool = False) -> Tensor:
-        """Text -> token embeddings (1, T, D), with `model.tokenizer`."""
-        tokens = self._tokenizer(None)(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
+        """Text -> token embeddings (1, T, D), with `model.tokenizer`.
+
+        Raises:
+            ValueError: no text, or one of more tokens than the model reads.
+        """
+        check_text("text", text)
+        tokenizer = self._tokenizer(None)
+        check_text_length(text, self.config.context_length, tokenizer)
+        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
         embedding = self.get_input_embeddings()
         return embedding(tokens.to(device_of(embedding)))
 

@@ -9,20 +9,23 @@ Legend: B texts, T tokens, n pictures, N tiles of all of them.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, config_of, first_given
-from .prompting_internlm_xcomposer2 import IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE
+from .prompting_internlm_xcomposer2 import IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE, check_text_length, short
 from .remote_code_internlm_xcomposer2 import attach_to_package
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
 CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url")  # as in chat_template.jinja
+OF_PARTS = ("text_kwargs", "images_kwargs", "videos_kwargs")
+OF_CONFIG = ("bos_on_each_piece", "text_only_bos", "context_length")  # what a processor reads in `config.json`
 
 
 class InternLMXComposer2ProcessorKwargs(ProcessingKwargs, total=False):
@@ -93,7 +96,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     Raises:
         ValueError: places and pictures differ in number, an unknown content item, an `hd_num` below 1, a source that
-            cannot be read. ImportError: a video file and no decoder. All before any compute.
+            cannot be read, a text far too long for the model. ImportError: a video file and no decoder. All before any
+            compute.
     """
 
     valid_processor_kwargs = InternLMXComposer2ProcessorKwargs
@@ -106,6 +110,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         chat_template=None,
         bos_on_each_piece=False,
         text_only_bos=1,
+        context_length=None,
     ):
         self.image_token, self.video_token = "[UNUSED_TOKEN_140]", "[UNUSED_TOKEN_139]"
         ids = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
@@ -113,6 +118,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             raise ValueError(f"the tokenizer lacks {self.image_token} or {self.video_token}; use this model's")
         self.image_token_id, self.video_token_id = ids
         self.bos_on_each_piece, self.text_only_bos = bos_on_each_piece, text_only_bos
+        self.context_length = context_length  # of the checkpoint; None: the tokenizer's `model_max_length`
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
 
     @classmethod
@@ -127,7 +133,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if fields.get("chat_template") is None and template.is_file():
             fields["chat_template"] = template.read_text(encoding="utf-8")
         if config is not None:
-            of_config = {name: getattr(config, name) for name in ("bos_on_each_piece", "text_only_bos")}
+            of_config = {name: getattr(config, name) for name in OF_CONFIG}
             fields = {**of_config, **fields}
             system, written = SYSTEM_TEXTS[config.default_system], fields.get("chat_template")
             if system and isinstance(written, str) and "set default_system" not in written:
@@ -171,11 +177,17 @@ class InternLMXComposer2Processor(ProcessorMixin):
             return_text_replacement_offsets: asked for by serving engines, which keep each picture apart and reuse it
                 beside others. Then the `hd_num` of a picture depends on nothing but the picture: 24 unless told.
         """
+        for name in OF_PARTS:
+            if not isinstance(kwargs.get(name, {}), Mapping):
+                raise ValueError(f"{name} is {short(kwargs[name])}, but must be a mapping of arguments")
         # An assistant mask asks for both offsets.
         serving = return_text_replacement_offsets and not kwargs.get("return_offsets_mapping")
         if serving and first_given(hd_num_of(kwargs), self.image_processor.hd_num) is None:
             kwargs["hd_num"] = self.image_processor.default_hd_num
-        return super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
+        try:
+            return super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
     # Steps of the library's `__call__`, in its order.
 
@@ -235,11 +247,18 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if not isinstance(text, str | list | tuple):
             raise ValueError(f"text must be text or a list of texts, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("0 texts; pass text=None for pictures alone")
+        flat = {**kwargs, **(kwargs.get("text_kwargs") or {})}
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
                 raise ValueError(f"text[{index}] must be text, got {type(entry).__name__}")
+            if not flat.get("truncation"):  # who has the tokenizer cut texts may pass long ones
+                check_text_length(entry, self.context_length or self.tokenizer.model_max_length, self.tokenizer)
         texts = [entry.replace(IMAGE_MARK, self.image_token) for entry in texts]
-        adds_bos = {**kwargs, **(kwargs.get("text_kwargs") or {})}.get("add_special_tokens", True)
+        adds_bos = flat.get("add_special_tokens", True)
+        if not isinstance(adds_bos, bool | None):
+            raise ValueError(f"add_special_tokens is {short(adds_bos)}, but must be True or False")
         if adds_bos and self.tokenizer.add_bos_token:  # the chat template's text begins with one
             texts = [entry.removeprefix(self.tokenizer.bos_token) for entry in texts]
         return texts

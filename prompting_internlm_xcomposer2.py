@@ -54,6 +54,17 @@ def tokenize_with(tokenizer) -> Tokenize:
     return lambda text, begins: tokenizer(text, add_special_tokens=begins).input_ids
 
 
+def check_text_length(text: str, limit: int, tokenizer) -> None:
+    """Raise a ValueError for a text that cannot fit `limit` tokens, without tokenising it: megabytes take seconds."""
+    if len(text) > limit:
+        longest_piece = max(map(len, tokenizer.get_vocab()))
+        if len(text) > limit * longest_piece:
+            raise ValueError(
+                f"the prompt has {len(text)} characters, which make {len(text) // longest_piece} tokens or more, but "
+                f"max_length is {limit}; shorten the text or the history"
+            )
+
+
 def turn(role: str, text: str) -> str:
     """One closed turn."""
     return f"{TURN_OPEN}{role}\n{text}{TURN_CLOSE}\n"

@@ -18,10 +18,30 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
 
-from .prompting_internlm_xcomposer2 import TEXT_JOINT, TURN_CLOSE
+from .prompting_internlm_xcomposer2 import TEXT_JOINT, TURN_CLOSE, short
 from .remote_code_internlm_xcomposer2 import attach_to_package
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
+
+
+def _refuse_pointer(path: Path, data: bytes) -> None:
+    """Raise a ValueError where `data`, the file's contents, only says where Git LFS keeps the file."""
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the vocabulary; run `git lfs pull` or download it again")
+
+
+def _read_json(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises:
+        ValueError: it is a Git LFS pointer, cut off, or no such file's contents at all.
+    """
+    path = Path(path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        _refuse_pointer(path, path.read_bytes())
+        raise ValueError(f"{path} is no tokenizer.json ({short(str(error))}); download or write it again") from error
 
 
 def _read_sentencepiece(path: Path):
@@ -43,8 +63,7 @@ def _read_sentencepiece(path: Path):
     if not path.is_file():
         raise ValueError(f"no SentencePiece vocabulary at {path}; download tokenizer.model with the checkpoint")
     data = path.read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the vocabulary; run `git lfs pull` or download it again")
+    _refuse_pointer(path, data)
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(data)
@@ -147,7 +166,7 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
             `tokenizer.json` was saved, else BOS only.
 
     Raises:
-        ValueError: neither file is there, or `vocab_file` is broken or a vocabulary of another kind.
+        ValueError: neither file is there, or the one read is broken or a vocabulary of another kind.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
@@ -167,7 +186,7 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
         **kwargs,
     ):
         if tokenizer_file is not None and os.path.isfile(tokenizer_file):
-            backend = Tokenizer.from_file(str(tokenizer_file))
+            backend = _read_json(tokenizer_file)
         elif vocab_file is not None:
             backend = backend_from_sentencepiece(vocab_file)
         else:
@@ -212,6 +231,13 @@ class InternLMXComposer2Tokenizer(TokenizersBackend):
         if end < len(ids) and ids[max(0, end - 2) : end] == [close, line_end]:
             end -= 1
         return ids[: end - 1] if end and ids[end - 1] == close != self.unk_token_id else ids[:end]
+
+    @classmethod
+    def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
+        """The library's, after a look at `tokenizer.json`: it reads the file before `__init__` does, and unchecked."""
+        if resolved_vocab_files.get("tokenizer_file"):
+            _read_json(resolved_vocab_files["tokenizer_file"])
+        return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):

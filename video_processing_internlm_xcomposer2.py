@@ -5,6 +5,7 @@ Legend: n videos, N tiles of all of them, tile = side of one ViT input in pixels
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,6 +19,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from .image_processing_internlm_xcomposer2 import TileFields
 from .ixc_utils import BAND, choose_frames, get_font
 from .media_internlm_xcomposer2 import load_media, load_video
+from .prompting_internlm_xcomposer2 import short
 from .remote_code_internlm_xcomposer2 import attach_to_package
 
 
@@ -126,6 +128,8 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
                 continue
             if isinstance(video, torch.Tensor):
                 video = video.cpu().numpy()
+            if not isinstance(video, Iterable):
+                raise ValueError(f"a video is {short(video)}; pass a path, an address, bytes, frames or an array")
             if sampled:
                 numbers = choose_frames(len(video), known.get("fps") or fps, num_frames, None, None, fps)
                 video = [video[number] for number in numbers]
