@@ -192,6 +192,17 @@ def test_every_command_has_help_with_an_example(capsys):
 
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command(name, capsys):
+    """The usage line says what was typed, and an example follows."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([name, "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: xcomposer {name}")
+    assert f"example: xcomposer {name}" in " ".join(shown.split())
+
+
 def test_an_unknown_command(capsys):
     assert cli.main(["caht"]) == 2
     assert "no command 'caht'; there are chat, serve" in capsys.readouterr().err
