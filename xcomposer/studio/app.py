@@ -26,7 +26,7 @@ INSTALL = "pip install 'internlm-xcomposer2d5[studio]'"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments(__doc__, max_new_tokens=1024)
+    parser = arguments(__doc__, max_new_tokens=1024, command="studio", example="--model demo --port 7860")
     add = parser.add_argument
     add("--endpoint", metavar="URL", help="ask a server of the OpenAI interface, and load no model here")
     add("--api_key", default=os.environ.get("OPENAI_API_KEY", ""), help="of the endpoint, if it wants one")
