@@ -97,13 +97,16 @@ class ChatTab:
             self.chatbot.retry(self.retry, start, shown, **AT_ONCE),
             self.chatbot.edit(self.edit, start, shown, **AT_ONCE),
         ]
-        answers = [begun.then(self.answer, [*start, *shell.choices], shown, **MODEL) for begun in begins]
-        self.box.stop(self.stop, start, shown, cancels=answers, **AT_ONCE)
-        self.chatbot.undo(self.undo, start, shown, cancels=answers, **AT_ONCE)
-        self.chatbot.clear(self.clear, start, shown, cancels=answers, **AT_ONCE)
-        self.new.click(self.begin_new, start, shown, cancels=answers, **AT_ONCE)
-        self.list.input(self.switch, [*start, self.list], shown, cancels=answers, **AT_ONCE)
-        self.opened.upload(self.open, [*start, self.opened], [*shown, self.opened], cancels=answers, **AT_ONCE)
+        for begun in begins:
+            begun.then(self.answer, [*start, *shell.choices], shown, **MODEL)
+        # An answer sees by itself that its work is over, at the next token. gradio's `cancels=` would close it between,
+        # from another thread, and a generator that is computing cannot be closed: an error in every box.
+        self.box.stop(self.stop, start, shown, **AT_ONCE)
+        self.chatbot.undo(self.undo, start, shown, **AT_ONCE)
+        self.chatbot.clear(self.clear, start, shown, **AT_ONCE)
+        self.new.click(self.begin_new, start, shown, **AT_ONCE)
+        self.list.input(self.switch, [*start, self.list], shown, **AT_ONCE)
+        self.opened.upload(self.open, [*start, self.opened], [*shown, self.opened], **AT_ONCE)
         self.box.change(
             self.attach, [*start, self.box, *shell.choices], [self.attached, self.note],
             trigger_mode="always_last", **AT_ONCE,
