@@ -21,6 +21,8 @@ CARD = "card"
 class CardModule(_DummyBackendModule):
     """What PyTorch asks a device's module, `torch.card`."""
 
+    __name__ = "torch.card"  # dynamo asks every device's module for it
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
