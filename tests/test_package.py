@@ -14,7 +14,7 @@ import transformers
 from conftest import GOLDEN, REPO
 from released import write_released
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline
-from transformers.models.auto import video_processing_auto
+from transformers.models.auto import image_processing_auto, video_processing_auto
 
 from xcomposer import cli
 from xcomposer.checkpoints import tiny
@@ -26,6 +26,8 @@ AUTO_CLASSES = (
     "AutoConfig", "AutoTokenizer", "AutoImageProcessor", "AutoVideoProcessor", "AutoProcessor", "AutoModel",
     "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
 )  # fmt: skip
+# The library hides these where torchvision is not installed, which they do not need here.
+HIDDEN = {"AutoImageProcessor": image_processing_auto, "AutoVideoProcessor": video_processing_auto}
 TRUST = {"trusting": {"trust_remote_code": True}, "unsaid": {}, "not trusting": {"trust_remote_code": False}}
 
 
@@ -57,9 +59,7 @@ def in_a_new_process(script, *arguments, cwd, **environment):
 @pytest.mark.parametrize("trust", TRUST)
 @pytest.mark.parametrize("name", AUTO_CLASSES)
 def test_a_release_opens_with_the_packages_classes(released, name, trust):
-    # The library hides this class where torchvision is not installed, which it does not need here.
-    home = video_processing_auto if name == "AutoVideoProcessor" else transformers
-    found = getattr(home, name).from_pretrained(released, **TRUST[trust])
+    found = getattr(HIDDEN.get(name, transformers), name).from_pretrained(released, **TRUST[trust])
     assert type(found).__module__.startswith("xcomposer.model."), type(found)
 
 
