@@ -236,6 +236,12 @@ def processor_of(folder):
     return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
+def linked(target, source):
+    """A link to `source`, unless saving has put the code there."""
+    if not target.exists():
+        target.symlink_to(source)
+
+
 @pytest.mark.parametrize("fmt", ["safetensors", "bin"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_recognised_from_config_and_weights(kind_folder, kind, fmt):
@@ -246,7 +252,8 @@ def test_a_kind_is_recognised_from_config_and_weights(kind_folder, kind, fmt):
     assert bool(config.task_adapter_ranks) == (kind == "xcomposer2d5")
     assert config.head == ("score" if kind == "xcomposer2d5-reward" else "vocabulary")
     again = type(config).from_dict(json.loads(config.to_json_string()))
-    assert again.to_dict() == config.to_dict()
+    where = {"_name_or_path": None}  # remote code keeps it, the package does not
+    assert again.to_dict() | where == config.to_dict() | where
 
 
 @pytest.mark.parametrize("kind", CHATTING)
@@ -262,7 +269,7 @@ def test_a_kind_loads_saves_and_chats(kind_folder, tmp_path, kind):
     assert model.batch_chat(None, queries, pictures_of, **settings)[0][1] == answer
     model.save_pretrained(tmp_path / "saved")
     for source in folder.glob("*.py"):
-        (tmp_path / "saved" / source.name).symlink_to(source)
+        linked(tmp_path / "saved" / source.name, source)
     again = load(tmp_path / "saved")
     assert again.config.kind == kind and again.chat(model.tokenizer, f"{MARK}Look.", picture, **settings)[0] == answer
 
