@@ -261,6 +261,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
 
     def _check_task_adapters(self, adapters: tuple[str, ...], infer_mode: str) -> None:
         """Raise a ValueError for adapters that are not in memory: only the model with the head can load them."""
+        if not adapters:  # a stage of a pipeline may lack the first layer, and is asked for none
+            return
         resident = self.layers[0].attention.wqkv.task_A
         missing = [name for name in adapters if name not in resident]
         if missing:
