@@ -226,7 +226,7 @@ class KnownSources:
 
     def __init__(self, limit: int = 1024):
         self._limit, self._lock = limit, threading.Lock()
-        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+        self._known: OrderedDict[tuple, Any] = OrderedDict()
         self._prompts: dict[Hashable, list[tuple[int, bytes]]] = {}  # of an address: length and hash of past prompts
 
     def find(self, key: tuple[Hashable, ...], prompt: str) -> Any | None:
