@@ -98,7 +98,7 @@ def goldens(run: Run) -> bool:
     return held
 
 
-def first_token(bench: Bench, media: Any, video: bool) -> dict:
+def first_token(bench: Bench, media: Any) -> dict:
     """Seconds to the first token of a chat about `media`, beside the FLOPs of eyes and prompt."""
     model = bench.model
     conversation = model._open(model.tokenizer, QUERY, [media], bench.hd_num)
@@ -169,8 +169,8 @@ def speed(run: Run) -> None:
     height = 560 * (4 if run.options.preset == "7b" else 1)
     scan = picture(height * 3 // 2, height)  # 6 x 4 tiles of 560 at the release's sizes
     frames = [picture(*FRAME_SIZE, seed=number) for number in range(FRAMES)]
-    run.case("first token, 24 tiles", lambda: first_token(bench, scan, video=False))
-    run.case("first token, video of 32 frames", lambda: first_token(bench, frames, video=True))
+    run.case("first token, 24 tiles", lambda: first_token(bench, scan))
+    run.case("first token, video of 32 frames", lambda: first_token(bench, frames))
     for compiled in (False, True):
         kind = "compiled" if compiled else "eager"
         for rows in (1, 4, 16):
