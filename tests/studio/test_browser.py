@@ -166,6 +166,20 @@ class TestChat:
         expect(answers(page)).to_have_count(2)
         assert answers(page).first.inner_text() == words
 
+    def test_a_question_right_after_a_stop(self, visit, slow):
+        """The stopped answer is still at its last token when the next question comes."""
+        page = visit()
+        slow(0.4)
+        ask(page, "Who are you?")
+        expect(answers(page)).to_contain_text("I")
+        slow(4.0)
+        expect(answers(page)).to_contain_text("I am")
+        button(page, "Stop").click()
+        expect(page.get_by_text("Stopped.")).to_be_visible()
+        slow(0.0)
+        ask(page, "你好")
+        expect(answers(page)).to_have_count(2)
+
     def test_undo_gives_the_question_back(self, visit):
         page = visit()
         ask(page, "Hello!")

@@ -11,7 +11,9 @@ from xcomposer.studio.desk import Choices, Desk
 from xcomposer.studio.texts import LANGUAGES, TEXTS, text
 from xcomposer.studio.workspace import Workspace, Workspaces
 
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # whoever needs the model waits in one queue
+# Whoever needs the model waits in one queue. "multiple": by default gradio drops an event while the last one of its
+# kind goes on, which a stopped answer does until its token is done; the question asked meanwhile had no answer.
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "multiple"}
 AT_ONCE = {"queue": False, "show_progress": "hidden"}
 EVERY_S = 0.1  # between two pictures of what is being written
 NOTE = '<p role="status" class="note {}">{}</p>'
