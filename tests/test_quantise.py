@@ -11,8 +11,10 @@ from packing import packed_checkpoint
 from PIL import Image
 from transformers import AutoTokenizer
 
+from toyworld import calibration
 from xcomposer import cli
 from xcomposer.checkpoints import quantise, tiny
+from xcomposer.model.ixc_utils import PictureLayout
 from xcomposer.model.packed_weights_internlm_xcomposer2 import unpack_nibbles
 from xcomposer.model.weight_files_internlm_xcomposer2 import WeightFiles
 
@@ -92,20 +94,20 @@ def test_w4a16_answers_as_its_dequantised_self(source, data, tmp_path, capsys):
 @needs_llmcompressor
 def test_calibrated_rounding_beats_rounding_to_nearest(source, data, tmp_path):
     """On what a linear gives for the calibration rows, which is what GPTQ minimises."""
-    out = quantise.quantise(source, tmp_path / "out", "w4a16", data, group_size=32)
-    full, calibrated = load(source), load(dequantised(out, source, tmp_path / "plain"))
+    schemes = {"w4a16": data, "w4a16-rtn": None}
+    for scheme, rows in schemes.items():
+        out = quantise.quantise(source, tmp_path / scheme, scheme, rows, group_size=32)
+        dequantised(out, source, tmp_path / f"{scheme} plain")
+    full, *rounded = (load(folder) for folder in (source, *(tmp_path / f"{scheme} plain" for scheme in schemes)))
     request = quantise.Request(source, data, None, 6, 2048, 32, 0)
-    rows, seen = quantise.calibration_rows(full, request), []
+    rows, seen = quantise.calibration_rows(full, quantise.read_calibration(request), request), []
     name = "model.language_model.layers.0.attention.wqkv"
     full.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for row in rows:
         full.model.language_model(**row)
-    weight, theirs = (m.get_submodule(name).linear.weight.float() for m in (full, calibrated))
-    groups = weight.unflatten(1, (-1, 32))
-    scale = (groups.abs().amax(-1, keepdim=True) / 7.5).bfloat16().float()
-    nearest = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+    weight, *others = (m.get_submodule(name).linear.weight.float() for m in (full, *rounded))
     inputs = torch.cat([states.flatten(0, -2) for states in seen]).float()
-    errors = [((inputs @ (weight - other).T) ** 2).sum() for other in (theirs, nearest)]
+    errors = [((inputs @ (weight - other).T) ** 2).sum() for other in others]
     assert errors[0] < errors[1]
 
 
@@ -148,7 +150,7 @@ def everything_installed(monkeypatch):
 
 
 WRONG = {
-    "no data": (("--scheme", "w4a16"), "w4a16 needs --calibration DATA"),
+    "no such data": (("--scheme", "w4a16", "--calibration", "lost.json"), "No such file or directory: 'lost.json'"),
     "data for nothing": (("--scheme", "nf4", "--calibration", "x.json"), "nf4 is computed from the weights alone"),
     "no rows": (("--scheme", "w4a16", "--rows", "0"), "above 0, got 0"),
 }
@@ -190,6 +192,38 @@ def test_nothing_is_left_of_a_run_that_fails(source, tmp_path, capsys, monkeypat
     monkeypatch.setitem(quantise.SCHEMES, "nf4", quantise.SCHEMES["nf4"]._replace(run=fail))
     assert "the disk is full" in refused(capsys, source, tmp_path / "out", "--scheme", "nf4")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_data_the_rows_that_the_package_brings_are_used(source, monkeypatch):
+    """Pictures and texts, made by `toyworld.calibration`; all fit, on a checkpoint of any tile."""
+    model = quantise.load(source)
+    request = quantise.Request(source, quantise.DEFAULT_CALIBRATION, None, quantise.ROWS, quantise.MAX_TOKENS, 32, 0)
+    rows = quantise.calibration_rows(model, quantise.read_calibration(request), request)
+    assert len(rows) == calibration.ROWS == quantise.ROWS
+    with_pictures = sum(bool(row["image_mask"].any()) for row in rows)
+    assert 60 < with_pictures < 100
+    seen = []
+    scheme = quantise.SCHEMES["w4a16"]._replace(run=lambda request: seen.append(request) or model)
+    monkeypatch.setitem(quantise.SCHEMES, "w4a16", scheme)
+    monkeypatch.setattr(quantise.importlib.util, "find_spec", lambda name: True)
+    for name in ("name_what_is_spared", "name_beside_linears"):
+        monkeypatch.setattr(quantise, name, lambda path: None)
+    quantise.quantise(source, source.parent / "default", "w4a16")
+    assert seen[0].calibration == quantise.DEFAULT_CALIBRATION
+
+
+def test_the_toy_world_makes_these_rows_again(tmp_path):
+    """But for the bytes of the pictures, which depend on Pillow's zlib."""
+    texts = []
+    for path in (quantise.DEFAULT_CALIBRATION, calibration.write(tmp_path / "again.jsonl")):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        texts.append([{**row, "image": len(row.get("image", ()))} for row in rows])
+    assert texts[0] == texts[1]
+
+
+def test_pictures_leave_room_for_their_text():
+    for tile, hd_num in ((84, 24), (560, 2), (1120, 1)):
+        assert quantise.tiles_that_fit(PictureLayout(tile=tile, side=tile // 28), 2048) == hd_num
 
 
 def test_help_has_an_example(capsys):

@@ -1,21 +1,24 @@
 """Write a checkpoint in fewer bits: the decoder's own linears; vision, partial LoRA and task adapters stay as they are.
 
     xcomposer quantise FOLDER OUT --scheme w4a16 --calibration data.json
+    xcomposer quantise FOLDER OUT --scheme w4a16
     xcomposer quantise FOLDER OUT --scheme fp8
-    xcomposer quantise FOLDER OUT --scheme nf4
 
-    w4a16   4-bit weights in groups, calibrated by GPTQ (arXiv:2210.17323); llm-compressor
-    fp8     8-bit floating weights, and activations rounded as they come; llm-compressor
-    nf4     4-bit normal floats, without calibration; bitsandbytes
+    w4a16      4-bit weights in groups, calibrated by GPTQ (arXiv:2210.17323); llm-compressor
+    w4a16-rtn  the same, each weight rounded to the nearest, without calibration; llm-compressor
+    fp8        8-bit floating weights, and activations rounded as they come; llm-compressor
+    nf4        4-bit normal floats, without calibration; bitsandbytes
 
 w4a16 and fp8 are written in the compressed-tensors format, which transformers and vLLM load. Calibration reads the
-fine-tuning formats (pictures included) and goes through the decoder layer by layer: memory holds the checkpoint, the
-hidden states of the calibration rows and what one layer needs. OUT appears when all of it is written.
+fine-tuning formats (pictures included; without DATA, rows of the toy world that the package brings) and goes through
+the decoder layer by layer: memory holds the checkpoint without its task adapters, the hidden states of the calibration
+rows and what one layer needs. OUT appears when all of it is written.
 """
 
 import argparse
 import importlib.util
 import json
+import logging
 import random
 import re
 import sys
@@ -32,11 +35,14 @@ from xcomposer.checkpoints.merge import copy_files, new_folder, read_config, wri
 from xcomposer.machine import quiet_imports
 from xcomposer.model.weight_files_internlm_xcomposer2 import NoWeights, WeightFiles, count, some
 
+logger = logging.getLogger(__name__)
+
 LINEARS = r"re:.*\.(wqkv|wo|w1|w2|w3)\.linear$"
 # What vLLM must not look a scheme up for.
 SPARED = [r"re:.*lm_head$", r"re:.*vision_tower\..*", r"re:.*vision_proj\..*", r"re:.*(Plora|task)_[AB].*"]
 BESIDE = re.compile(r"(\.(?:wqkv|wo|w1|w2|w3))\.(weight_(?:packed|scale|shape|zero_point|g_idx))$")
 SHARD = "4GB"
+DEFAULT_CALIBRATION = Path(__file__).with_name("calibration.jsonl")  # python -m toyworld.calibration writes it
 GROUP_SIZE = 128
 ROWS = 128
 MAX_TOKENS = 2048
@@ -55,21 +61,26 @@ class Request(NamedTuple):
 
 
 def load(source: Path, **options: Any) -> nn.Module:
-    """The whole model, task adapters included, in its own dtype."""
+    """The whole model in its own dtype; task adapters stay on disk, and are written out from there."""
     with quiet_imports():
         from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 
-    model = InternLMXComposer2ForCausalLM.from_pretrained(source, dtype="auto", task_adapters="all", **options)
+    model = InternLMXComposer2ForCausalLM.from_pretrained(source, dtype="auto", **options)
     return model.eval()
 
 
-def calibration_rows(model: Any, request: Request) -> list[dict[str, Tensor]]:
-    """Embeddings (1, T, D) and image masks (1, T) of rows in the fine-tuning formats, chosen at random by the seed.
+def tiles_that_fit(layout: Any, max_tokens: int) -> int:
+    """Most tiles of a picture that leave a quarter of `max_tokens` to the text, 1 at least."""
+    fitting = (n for n in range(layout.default_hd_num(1), 1, -1) if layout.tokens(n, 1) <= max_tokens * 3 // 4)
+    return next(fitting, 1)
+
+
+def read_calibration(request: Request) -> list[Any]:
+    """Rows in the fine-tuning formats, in an order that the seed gives.
 
     Raises:
-        ValueError: a row that cannot be read; all rows are longer than `max_tokens`.
+        FileNotFoundError: no such file. ValueError: a row that cannot be read.
     """
-    from xcomposer.finetune.data import Collator, Encoder
     from xcomposer.finetune.formats import BadRow, read_rows
 
     rows = read_rows(request.calibration, request.image_folder)
@@ -77,12 +88,24 @@ def calibration_rows(model: Any, request: Request) -> list[dict[str, Tensor]]:
     if bad:
         raise ValueError(f"{request.calibration}: {count(len(bad), 'bad row')}: {some(bad)}")
     random.Random(request.seed).shuffle(rows)
+    return rows
+
+
+def calibration_rows(model: Any, rows: Sequence[Any], request: Request) -> list[dict[str, Tensor]]:
+    """Embeddings (1, T, D) and image masks (1, T) of the first `request.rows` rows that are not too long.
+
+    Raises:
+        ValueError: a picture that cannot be read; all rows are longer than `max_tokens`.
+    """
+    from xcomposer.finetune.data import Collator, Encoder
+
     tokenizer = AutoTokenizer.from_pretrained(request.source)
-    encoder = Encoder(model.config, tokenizer, hd_num=4)
-    collate, device, prepared = Collator(encoder), model.get_input_embeddings().weight.device, []
+    encoder = Encoder(model.config, tokenizer, hd_num=tiles_that_fit(model.config.layout, request.max_tokens))
+    collate, device, prepared, passed = Collator(encoder), model.get_input_embeddings().weight.device, [], 0
     for row in rows:
         batch = collate([encoder(row)])
         if batch["input_ids"].shape[1] > request.max_tokens:
+            passed += 1
             continue
         batch = {name: values.to(device) for name, values in batch.items()}
         types = batch["mm_token_type_ids"]
@@ -94,6 +117,8 @@ def calibration_rows(model: Any, request: Request) -> list[dict[str, Tensor]]:
             break
     if not prepared:
         raise ValueError(f"every row of {request.calibration} is longer than {request.max_tokens} tokens; raise it")
+    if passed:
+        logger.warning("%s longer than %d tokens passed over", count(passed, "row"), request.max_tokens)
     return prepared
 
 
@@ -135,17 +160,33 @@ def compress(request: Request, modifier: Callable[[], Any], rows: Any, model: An
     return model
 
 
+def groups_of_4_bits(group_size: int) -> dict[str, Any]:
+    """The 4-bit format as llm-compressor's modifiers take it: symmetric integers, a scale for each group of inputs."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size)
+    return {"group_0": QuantizationScheme(targets=[LINEARS], weights=weights)}
+
+
 def w4a16(request: Request) -> Any:
     """GPTQ: each weight column is rounded and the error spread over the columns that follow."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    read = read_calibration(request)  # first: a bad row is known before the weights are read
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     model = load(request.source)
     check_group_size(model, request.group_size)
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=request.group_size)
-    scheme = QuantizationScheme(targets=[LINEARS], weights=weights)
-    rows = calibration_rows(model, request)
-    return compress(request, lambda: GPTQModifier(config_groups={"group_0": scheme}), rows, model)
+    groups, rows = groups_of_4_bits(request.group_size), calibration_rows(model, read, request)
+    return compress(request, lambda: GPTQModifier(config_groups=groups), rows, model)
+
+
+def w4a16_rtn(request: Request) -> Any:
+    """Each weight to the nearest of its group's 16 values."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = load(request.source)
+    check_group_size(model, request.group_size)
+    groups = groups_of_4_bits(request.group_size)
+    return compress(request, lambda: QuantizationModifier(config_groups=groups), None, model)
 
 
 def fp8(request: Request) -> Any:
@@ -174,6 +215,7 @@ class Scheme(NamedTuple):
 
 SCHEMES = {
     "w4a16": Scheme("llmcompressor", "pip install llmcompressor", w4a16),
+    "w4a16-rtn": Scheme("llmcompressor", "pip install llmcompressor", w4a16_rtn),
     "fp8": Scheme("llmcompressor", "pip install llmcompressor", fp8),
     "nf4": Scheme("bitsandbytes", "pip install bitsandbytes", nf4),
 }
@@ -194,10 +236,11 @@ def quantise(
 
     Args:
         scheme: a key of `SCHEMES`.
-        calibration: a file in one of the fine-tuning formats; w4a16 needs it, the others take none.
+        calibration: a file in one of the fine-tuning formats, for w4a16; None: `DEFAULT_CALIBRATION`. The others take
+            none.
         image_folder: where its pictures lie; default: beside it, and here.
         rows, max_tokens: how many rows are used, and how long they may be; longer ones are passed over.
-        group_size: weights that share a scale (w4a16).
+        group_size: weights that share a scale (w4a16, w4a16-rtn).
 
     Raises:
         ValueError: an unknown scheme; a source that is quantised or unusable; bad rows; a group size that does not fit.
@@ -208,9 +251,9 @@ def quantise(
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     if rows < 1 or max_tokens < 1:
         raise ValueError(f"rows and max_tokens must be above 0, got {rows} and {max_tokens}")
-    if calibration is None and scheme == "w4a16":
-        raise ValueError("w4a16 needs --calibration DATA: rows in a fine-tuning format, like those the model will see")
-    if calibration is not None and scheme != "w4a16":
+    if scheme == "w4a16":
+        calibration = calibration or DEFAULT_CALIBRATION
+    elif calibration is not None:
         raise ValueError(f"{scheme} is computed from the weights alone and takes no --calibration; leave it out")
     if importlib.util.find_spec(SCHEMES[scheme].package) is None:
         raise ImportError(f"{scheme} needs {SCHEMES[scheme].package}: {SCHEMES[scheme].install}")
@@ -267,8 +310,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="FOLDER", type=Path, help="a checkpoint in full precision")
     parser.add_argument("target", metavar="OUT", type=Path, help="new or empty folder")
-    parser.add_argument("--scheme", required=True, choices=SCHEMES, help="w4a16 (calibrated), fp8 or nf4")
-    parser.add_argument("--calibration", type=Path, metavar="DATA", help="rows in a fine-tuning format, for w4a16")
+    parser.add_argument("--scheme", required=True, choices=SCHEMES, help="w4a16 is calibrated; nf4 is of bitsandbytes")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DATA",
+        help="rows in a fine-tuning format for w4a16, like those the model will see (default: of the toy world)",
+    )  # fmt: skip
     parser.add_argument("--image-folder", type=Path, help="where the rows' pictures lie (default: beside DATA)")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows to use, picked at random (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of a row (default %(default)s)")
