@@ -9,7 +9,7 @@ IMAGE ?= demo/pictures/shapes.png
 TEXT ?= What colour is the star?
 CORE = tests/test_golden.py tests/test_loading.py tests/test_offline.py tests/test_public_clients.py tests/test_tokenizer.py
 
-.PHONY: chat studio test test-compat test-vllm test-lmms test-studio gpu lint clean
+.PHONY: chat studio test test-compat test-vllm test-lmms test-clients test-studio gpu lint clean
 
 # torch first, by exact version: a range would bring the CUDA build to machines without a card.
 $(VENV)/installed: pyproject.toml
@@ -61,6 +61,10 @@ $(LMMS_VENV)/ready: tests/on_lmms/install.py pyproject.toml
 ## lmms-eval finds this model and scores the toy world as its own examination does; in an environment of its own, 1 GB.
 test-lmms: $(LMMS_VENV)/ready
 	$(LMMS_VENV)/bin/python -m pytest tests/on_lmms
+
+## ms-swift, lm-eval and lmms-eval as published, on the demo; an environment each in .venv-clients, 1.7 to 2 GB.
+test-clients:
+	$(PYTHON) tests/clients/run.py $(CLIENTS)
 
 ## The web app in a browser (Debian's chromium; skipped with a line where there is none).
 test-studio: $(VENV)/ready

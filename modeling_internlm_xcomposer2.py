@@ -38,7 +38,7 @@ from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
 from .release_clients_internlm_xcomposer2 import ReleaseClientsMixin
 from .reuse_internlm_xcomposer2 import ReuseStore
-from .settings_internlm_xcomposer2 import SETTINGS, check_settings, config_settings
+from .settings_internlm_xcomposer2 import SETTINGS, check_settings, config_settings, end_tokens
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 from .threads_internlm_xcomposer2 import ComputeLock
 
@@ -500,10 +500,14 @@ class InternLMXComposer2ForCausalLM(
         Args:
             im_mask: (B, T), the released name of `mm_token_type_ids`.
             infer_mode: which task adapters are on, see `forward`.
+            eos_token_id: a number that is one of the checkpoint's several end tokens stands for them all, see
+                `end_tokens`; a list is taken as it is.
 
         Raises:
             ValueError: a setting of a wrong kind or out of its range, see `SETTINGS`.
         """
+        if "eos_token_id" in kwargs:
+            kwargs["eos_token_id"] = end_tokens(kwargs["eos_token_id"], self.generation_config.eos_token_id)
         check_settings({"generation_config": generation_config})
         check_settings(config_settings(generation_config), self.config.vocab_size)
         kwargs = check_settings(kwargs, self.config.vocab_size)

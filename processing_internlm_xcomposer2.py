@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from PIL import Image
+from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, config_of, first_given
-from .prompting_internlm_xcomposer2 import IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE, check_text_length, short
+from .prompting_internlm_xcomposer2 import IGNORE_INDEX, IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE, check_text_length, short
 from .remote_code_internlm_xcomposer2 import attach_to_package
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
@@ -80,11 +81,29 @@ def drop_close(text: Any, wanted: bool) -> Any:
     return text.removesuffix(TURN_CLOSE) if wanted else text
 
 
+class InternLMXComposer2Inputs(BatchFeature):
+    """What a processor returns: where labels are put into it, image tokens among them are not to be learned (-100).
+
+    Trainers copy `input_ids` for labels, and TRL's SFT computes its loss without the model's `forward`, which would
+    leave image tokens out.
+    """
+
+    placeholder_ids: tuple[int, ...] = ()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        ids = self.data.get("input_ids")
+        if name == "labels" and hasattr(value, "masked_fill") and getattr(ids, "shape", None) == value.shape:
+            for placeholder in self.placeholder_ids:
+                value = value.masked_fill(ids == placeholder, IGNORE_INDEX)
+        super().__setitem__(name, value)
+
+
 class InternLMXComposer2Processor(ProcessorMixin):
     """Text, pictures and videos -> inputs of the model.
 
-    Returns `input_ids`, `attention_mask`, `mm_token_type_ids` (B, T), padded on the left (types: 1 picture, 2 video);
-    `pixel_values` (N, 3, tile, tile) and `image_grid_thw` (n, 3); for videos `pixel_values_videos`, `video_grid_thw`.
+    Returns `InternLMXComposer2Inputs`, a dict: `input_ids`, `attention_mask`, `mm_token_type_ids` (B, T), padded on the
+    left (types: 1 picture, 2 video); `pixel_values` (N, 3, tile, tile) and `image_grid_thw` (n, 3); for videos
+    `pixel_values_videos`, `video_grid_thw`.
 
     A call takes `text` (one or a list), `images` and `videos` (for one text: one or a list; for several: a list of
     lists), the tokenizer's arguments, `hd_num` (see `InternLMXComposer2ImageProcessor`), and `num_frames`, `fps`,
@@ -185,9 +204,12 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if serving and first_given(hd_num_of(kwargs), self.image_processor.hd_num) is None:
             kwargs["hd_num"] = self.image_processor.default_hd_num
         try:
-            return super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
+            made = super().__call__(*args, return_text_replacement_offsets=return_text_replacement_offsets, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
+        inputs = InternLMXComposer2Inputs(made.data, skip_tensor_conversion=made.skip_tensor_conversion)
+        inputs.placeholder_ids = (self.image_token_id, self.video_token_id)
+        return inputs
 
     # Steps of the library's `__call__`, in its order.
 
@@ -339,4 +361,4 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
 attach_to_package(__name__)
 
-__all__ = ["InternLMXComposer2Processor"]
+__all__ = ["InternLMXComposer2Inputs", "InternLMXComposer2Processor"]

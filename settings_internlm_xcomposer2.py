@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, WatermarkingConfig
@@ -282,6 +283,17 @@ def check_settings(given: Mapping[str, Any], vocab_size: int | None = None) -> d
             f"the likeliest token at each step"
         )
     return settings
+
+
+def end_tokens(asked: Any, own: Any) -> Any:
+    """The `eos_token_id` of a call, where `asked` was passed and the checkpoint's generation config says `own`.
+
+    Clients that know no model pass the tokenizer's one end token, `</s>`. Answers here end with the token that closes
+    a turn, which is another one, and would go on after it. So a number that is among several of the checkpoint's own
+    means all of these; `[number]` means that one alone.
+    """
+    several = isinstance(own, list | tuple) and len(own) > 1
+    return list(own) if several and isinstance(asked, Integral) and asked in own else asked
 
 
 def config_settings(config: GenerationConfig | None) -> dict[str, Any]:

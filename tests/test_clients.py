@@ -1,10 +1,15 @@
 """What trainers, evaluators and research code ask of model, tokenizer and processor, beyond the public methods."""
 
+import pickle
+
+import numpy
 import pytest
 import torch
 from conftest import CLOSE, GOLDEN, MARK, OPEN, load, read_golden
 from transformers import AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from xcomposer.model.processing_internlm_xcomposer2 import InternLMXComposer2Processor
 
 TRAIN = read_golden("train_cases.json")
 
@@ -53,6 +58,24 @@ def test_empty_lists_are_no_pictures(processor, text, none):
     assert dict(processor(text=text, **none)) == dict(processor(text=text))
 
 
+@pytest.mark.parametrize(
+    ("asked", "ends"),
+    [(2, True), (numpy.int64(2), True), ([2], False), (-1, False), (7, False), ([2, 60], True), (None, True)],
+)
+def test_the_plain_end_token_ends_turns(tiny_model, monkeypatch, asked, ends):
+    """Clients that know no model pass the tokenizer's `eos_token_id`; a list says exactly what is meant."""
+    monkeypatch.setattr(tiny_model.generation_config, "eos_token_id", [2, 60])
+    ids, words = torch.tensor([[1, 5, 9]]), iter([50, 60, 51, 52, 53])
+
+    def say(_, scores):
+        scores[:, next(words)] = 1e4
+        return scores
+
+    settings = {"max_new_tokens": 5, "do_sample": False, "logits_processor": [say]}
+    out = tiny_model.generate(ids, eos_token_id=asked, **settings)[0, 3:]
+    assert len(out) == (2 if ends else 5) and out[1] == 60
+
+
 # Trainers
 
 
@@ -60,7 +83,7 @@ def test_empty_lists_are_no_pictures(processor, text, none):
 def test_a_processor_goes_to_the_workers_of_datasets(tiny_checkpoint, way):
     datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
     dill = pytest.importorskip("dill", reason="comes with datasets")
-    loader = AutoProcessor
+    loader = InternLMXComposer2Processor
     if way == "remote code":
         name = "processing_internlm_xcomposer2.InternLMXComposer2Processor"
         loader = get_class_from_dynamic_module(name, str(tiny_checkpoint))
@@ -96,6 +119,30 @@ def test_image_placeholders_are_never_learned(tiny_model, processor):
         counted = tiny_model(**inputs, labels=ids, num_items_in_batch=torch.tensor(ids.numel())).loss
         by_hand = tiny_model(**inputs, labels=text, num_items_in_batch=(text != -100).sum()).loss
     torch.testing.assert_close(counted, by_hand)
+
+
+def test_labels_put_into_a_processors_inputs_leave_pictures_out(processor):
+    """Trainers copy `input_ids` for labels, and some compute their loss without the model's `forward`."""
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (112, 56), "red"), Image.new("RGB", (56, 56), "blue")]
+    texts = [f"{MARK}what is it, and why is it there?", f"and {MARK}this?"]
+    inputs = processor(text=texts, images=[[picture] for picture in pictures], return_tensors="pt")
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    inputs["labels"] = ids.clone()
+    wanted = ids.masked_fill(types > 0, -100)
+    assert torch.equal(inputs["labels"], wanted) and (wanted == -100).any()
+    assert torch.equal(inputs["input_ids"], ids) and (types > 0).any(1).all()
+    # As TRL does it for prompts with completions: other ids come first, their types last.
+    longer = torch.cat([ids, ids[:, -4:]], dim=1)
+    inputs["input_ids"] = longer
+    inputs["labels"] = longer.clone()
+    assert torch.equal(inputs["labels"][:, : ids.shape[1]], wanted)
+    for again in (pickle.loads(pickle.dumps(inputs)), inputs.to("cpu"), type(inputs)(dict(inputs))):
+        assert type(again) is type(inputs) and torch.equal(again["labels"], inputs["labels"])
+    listed = processor(text="no picture")
+    listed["labels"] = listed["input_ids"]
+    assert listed["labels"] == listed["input_ids"]
 
 
 # The part without the head

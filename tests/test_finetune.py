@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import example_chat
 import pytest
 import torch
 from conftest import MARK, REPO, load, tiny
@@ -15,12 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from xcomposer import chat
 from xcomposer.finetune import modes, training
 from xcomposer.finetune import run as finetune
 from xcomposer.finetune.data import Collator, Encoder
 from xcomposer.finetune.formats import Row, row_of
-
-sys.path.insert(0, str(REPO / "examples"))
 
 DATA = REPO / "examples" / "data"
 HOUSE, SHAPES = str(DATA / "house.png"), str(DATA / "shapes.png")
@@ -110,7 +108,7 @@ def test_full(run, base, tmp_path, capsys):
     assert all(re.search(r"layers\.1\..*(wo|w1|w2|w3)\.Plora_", name) for name in still), still
     assert loss_of(load(out), out) < loss_of(load(base), base)
     assert loss_of(load(out), out, "web") > 0  # the task adapters came along
-    assert example_chat.main(["--model", str(out), "--text", "hello", "--greedy", "--max_new_tokens", "5"]) == 0
+    assert chat.main(["--model", str(out), "--text", "hello", "--greedy", "--max_new_tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("hello\n")
 
 
@@ -136,7 +134,7 @@ def test_lora(run, base, tmp_path, capsys):
     before = loss_of(load(base), base)
     trained = loss_of(peft.PeftModel.from_pretrained(load(base), out), base)
     assert trained < before
-    assert example_chat.main(["--model", str(base), "--adapter", str(out), "--text", "hello", "--greedy",
+    assert chat.main(["--model", str(base), "--adapter", str(out), "--text", "hello", "--greedy",
                               "--max_new_tokens", "5"]) == 0  # fmt: skip
     status, more, _ = run("--mode", "lora", "--start", out, out="more")
     assert status == 0 and more[0] < found[0] - 0.1

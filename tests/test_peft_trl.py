@@ -216,7 +216,7 @@ def mixed_rows():
 
 
 def loss_by_hand(model, processor, rows, answers_only):
-    """What the first step must see: every token of the batch predicted, or the answers' alone."""
+    """What the first step must see: every token of the batch but pictures' predicted, or the answers' alone."""
     batch = processor.apply_chat_template(
         [with_images(row) for row in rows],
         tokenize=True,
@@ -226,11 +226,11 @@ def loss_by_hand(model, processor, rows, answers_only):
         processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
     )
     learned = (batch.pop("assistant_masks") if answers_only else batch["attention_mask"]).bool()
+    learned &= batch["mm_token_type_ids"] == 0
     labels = batch["input_ids"].masked_fill(~learned, -100)
     assert (batch["mm_token_type_ids"] > 0).any() and answers_only == bool((labels[0, 1:5] == -100).all())
     with torch.no_grad():
         logits = model(**batch).logits
-    # TRL computes its loss itself: without `assistant_only_loss` it learns placeholders, as with every such model.
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
 
 

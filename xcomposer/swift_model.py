@@ -2,13 +2,14 @@
 
     swift infer --external_plugins xcomposer/swift_model.py --model FOLDER --model_type xcomposer2_5 --use_hf true
     swift sft   --external_plugins xcomposer/swift_model.py --model FOLDER --model_type xcomposer2_5 --use_hf true \\
-        --tuner_type lora --target_modules all-linear --use_logits_to_keep false --dataset data.jsonl
+        --tuner_type lora --target_modules all-linear --dataset data.jsonl
 
-`--use_logits_to_keep false`, since ms-swift cuts the labels before its template of this family has placed pictures.
 ms-swift's own loader of this family returns no model and asks for decord. What else differs here: where the parts of
-the module tree are, and that pictures take as many tiles as in `chat`, of the checkpoint's own tile side.
+the module tree are, that pictures take as many tiles as in `chat`, of the checkpoint's own tile side, and that
+training computes the logits of whole rows (`XComposer2D5Loader`).
 """
 
+import inspect
 from typing import Any
 
 from swift.model import Model, ModelGroup, ModelLoader, ModelMeta, MultiModelKeys, register_model, register_model_arch
@@ -43,6 +44,22 @@ class XComposer2D5Template(InternLMXComposer2_5Template):
         return load_media(source if isinstance(source, bytes) else load_file(source).getvalue())
 
 
+class XComposer2D5Loader(ModelLoader):
+    """ms-swift's, with a `forward` that does not show `logits_to_keep`.
+
+    Where ms-swift finds it, it cuts labels to the positions that are learned, before its template of this family has
+    put pictures between them; then labels and logits differ in number.
+    """
+
+    def get_model(self, *args, **kwargs):
+        model = super().get_model(*args, **kwargs)
+        forward = type(model).forward
+        signature = inspect.signature(forward)
+        shown = [value for name, value in signature.parameters.items() if name != "logits_to_keep"]
+        forward.__signature__ = signature.replace(parameters=shown)
+        return model
+
+
 register_model_arch(
     MultiModelKeys(
         "xcomposer2_5_parts",
@@ -56,7 +73,7 @@ register_model(
     ModelMeta(
         MODEL_TYPE,
         [ModelGroup([Model("Shanghai_AI_Laboratory/internlm-xcomposer2d5-7b", "internlm/internlm-xcomposer2d5-7b")])],
-        ModelLoader,
+        XComposer2D5Loader,
         template=TemplateType.xcomposer2_5,
         architectures=["InternLMXComposer2ForCausalLM"],
         model_arch="xcomposer2_5_parts",

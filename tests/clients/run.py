@@ -1,7 +1,7 @@
 """Run other people's programs on the demo checkpoint as they are published: python tests/clients/run.py [NAME ...]
 
 Each gets an environment of its own under --environments (made once, then kept), is run by its own command, and its
-answers are compared with those of demo/pictures/ask.md. Ends with one line for each program: how long it took, or
+answers are compared with those in questions.jsonl. Ends with one line for each program: how long it took, or
 what went wrong.
 """
 
@@ -22,12 +22,16 @@ REPO = HERE.parents[1]
 DEMO = REPO / "demo"
 QUESTIONS = [json.loads(line) for line in (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 PLUGIN = REPO / "xcomposer" / "swift_model.py"
-# What every model of this family needs, and ms-swift without what only other models need.
+# What every model of this family needs, and ms-swift and lmms-eval without what only other models need.
 COMMON = ("accelerate", "pillow", "protobuf", "sentencepiece")
 SWIFT_IMPORTS = (
     "datasets<4.8.5", "addict", "attrdict", "binpacking", "cpm-kernels", "dacite", "einops", "fastapi",
     "importlib-metadata", "json-repair", "matplotlib", "modelscope", "nltk", "openai", "oss2", "pandas", "rouge",
     "scipy", "simplejson", "sortedcontainers", "tensorboard", "tiktoken", "requests", "uvicorn", "zstandard",
+)  # fmt: skip
+LMMS_IMPORTS = (
+    "av", "datasets", "evaluate", "httpx", "jsonlines", "loguru", "numexpr", "openpyxl", "pytablewriter",
+    "python-dotenv", "pyyaml", "sacrebleu", "tenacity", "tqdm", "tqdm-multiprocess", "zstandard",
 )  # fmt: skip
 
 
@@ -83,7 +87,7 @@ def use_swift(binaries: Path, folder: Path) -> None:
     expect(answers(), [question["answer"] for question in QUESTIONS])
     taught = ["purple", "9", "123"]
     run(binaries / "swift", "sft", *model, "--dataset", swift_rows(folder, taught), "--tuner_type", "lora",
-        "--target_modules", "all-linear", "--use_logits_to_keep", "false", "--max_steps", 45, "--learning_rate", 2e-3,
+        "--target_modules", "all-linear", "--max_steps", 45, "--learning_rate", 2e-3,
         "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--output_dir", folder / "trained",
         "--save_steps", 45, "--report_to", "none", "--split_dataset_ratio", 0)  # fmt: skip
     [adapter] = (folder / "trained").glob("*/checkpoint-45")
@@ -101,6 +105,17 @@ def use_lm_eval(binaries: Path, folder: Path) -> None:
     expect([said[number] for number in sorted(said)], [question["answer"] for question in QUESTIONS])
 
 
+def use_lmms_eval(binaries: Path, folder: Path) -> None:
+    """The generic `huggingface`, by remote code."""
+    model = f"pretrained={DEMO},device=cpu,device_map=cpu,trust_remote_code=True"
+    run(binaries / "python", "-m", "lmms_eval", "--model", "huggingface", "--model_args", model, "--include_path",
+        HERE / "lmms_eval_task", "--tasks", "toyworld_pictures", "--batch_size", 1, "--log_samples",
+        "--output_path", folder)  # fmt: skip
+    [samples] = folder.rglob("*samples_*.jsonl")
+    said = {row["doc_id"]: row["filtered_resps"] for row in read_lines(samples)}
+    expect([said[number] for number in sorted(said)], [question["answer"] for question in QUESTIONS])
+
+
 CLIENTS = {
     "ms-swift": Client(
         (
@@ -111,6 +126,14 @@ CLIENTS = {
         use_swift,
     ),
     "lm-eval": Client((("torch==2.13.0",), ("transformers==5.23.0", "lm-eval==0.4.13", *COMMON)), use_lm_eval),
+    "lmms-eval": Client(
+        (
+            ("torch==2.13.0",),
+            ("transformers==5.23.0", *COMMON, *LMMS_IMPORTS),
+            ("--no-deps", "lmms-eval==0.7.3"),
+        ),
+        use_lmms_eval,
+    ),
 }
 
 
