@@ -234,7 +234,7 @@ class TestTogether:
         write_page(one)
         expect(one.get_by_text("characters so far")).to_be_visible()
         ask(two, "Hello!")
-        expect(two.get_by_text(re.compile(r"queue: \d")).first).to_be_visible()
+        expect(two.get_by_text("Waiting for the model: 1 before you.")).to_be_visible()
         button(one, "Stop").click()
         expect(one.get_by_text("Stopped.", exact=True)).to_be_visible()
         slow(0.0)

@@ -13,6 +13,7 @@ from xcomposer.studio.conversation import Conversation, Turn, as_typed, asked, f
 from xcomposer.studio.desk import About, Choices, Desk
 from xcomposer.studio.draft import Draft, Ghost
 from xcomposer.studio.frame import code_of, hosts_of, policy, preview, sandboxed, title_of
+from xcomposer.studio.line import Line, Now, Work
 from xcomposer.studio.media import read_media, strip_of
 from xcomposer.studio.pages import Pages, Version
 from xcomposer.studio.texts import TEXTS, text
@@ -246,9 +247,76 @@ class TestWorkspaces:
 
     def test_work_that_was_left_behind_is_known(self, store):
         mine = store.open()
-        first, second = mine.begin("chat"), mine.begin("chat")
-        assert not mine.goes_on("chat", first) and mine.goes_on("chat", second)
-        assert not mine.end("chat", first) and mine.end("chat", second) and not mine.end("chat")
+        kept = []
+        first, second = (Work(iter, lambda number=number: kept.append(number)) for number in (1, 2))
+        assert mine.take("chat") is None
+        mine.begin("chat", first)
+        assert mine.take("chat") is first and mine.take("chat") is None
+        mine.begin("chat", second)
+        assert first.left and kept == [1] and not mine.end("chat", first)
+        assert mine.take("chat") is second and mine.end("chat", second) and not mine.end("chat") and kept == [1, 2]
+        assert not second.left
+
+    def test_a_page_that_is_gone_leaves_its_work(self, store):
+        mine, work = store.open(), Work(iter)
+        mine.begin("page", work)
+        mine.leave()
+        assert work.left and not mine.running
+        mine.begin("page", other := Work(iter))
+        store.close(mine.token)
+        assert other.left
+
+
+class TestLine:
+    """Who waits for the model; each turn here is stepped by hand."""
+
+    def test_first_come_first_served(self):
+        line = Line()
+        one = line.turn(Work(iter), lambda: (value for value in "ab"), 0)
+        assert next(one) == Now(None, 0, True)  # the model is being loaded
+        line.open()
+        assert next(one).value == "a"
+        two, three = (line.turn(Work(iter), lambda: (value for value in "x"), 0) for _ in range(2))
+        assert [next(two).before, next(three).before] == [1, 2]
+        assert [now.value for now in one] == ["b"]
+        assert next(two).value == "x" and next(three).before == 1
+        two.close()
+        assert [now.value for now in three] == ["x"]
+
+    def test_who_is_stopped_leaves_the_line_and_the_model(self):
+        line, closed = Line(), []
+
+        def values():
+            try:
+                yield from range(9)
+            finally:
+                closed.append(True)
+
+        line.open()
+        served, waits = Work(iter), Work(iter)
+        one, two = line.turn(served, values, 0), line.turn(waits, values, 0)
+        assert next(one).value == 0 and next(two).before == 1
+        waits.left = True
+        assert list(two) == [] and not closed
+        served.left = True
+        assert list(one) == [] and closed
+        assert next(line.turn(Work(iter), values, 0)).value == 0
+
+    def test_a_line_that_is_too_long_and_work_that_fails(self):
+        line = Line(most=1)
+        line.open()
+        one, two = (line.turn(Work(iter), lambda: (value for value in "ab"), 0) for _ in range(2))
+        next(one), next(two)
+        with pytest.raises(ValueError, match="1 are waiting for the model already"):
+            next(line.turn(Work(iter), lambda: (value for value in "c"), 0))
+        one.close(), two.close()
+
+        def fails():
+            raise ValueError("too long")
+
+        with pytest.raises(ValueError, match="too long"):
+            next(line.turn(Work(iter), fails, 0))
+        assert [now.value for now in line.turn(Work(iter), lambda: (value for value in "c"), 0)] == ["c"]
 
 
 class TestTexts:
@@ -288,7 +356,7 @@ class TestDesk:
         assert "<section>" in last
         for kind, remedy in (("instruction", "say what"), ("resume", "Markdown"), ("screenshot", "screenshot")):
             with pytest.raises(ValueError, match=remedy):
-                next(desk.page(kind, " ", None, [], exact))
+                desk.page(kind, " ", None, [], exact)
 
     def test_beams_stop_when_their_reader_leaves(self, desk, demo_model):
         before = {thread.ident for thread in threading.enumerate()}

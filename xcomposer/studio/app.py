@@ -20,7 +20,6 @@ from xcomposer.loading import arguments, check_folder, load
 
 FILES = Path(__file__).parent
 LOCAL = ("127.0.0.1", "localhost", "::1")
-QUEUE = 16  # most waiting; who comes then is told to come again
 SWEEP_S, KEEP_S = 600, 3600  # uploads are looked through every so often, and deleted when so old
 INSTALL = "pip install 'internlm-xcomposer2d5[studio]'"
 
@@ -111,7 +110,7 @@ def theme():
 
 def launch(app: Any, args: argparse.Namespace, **options: Any):
     """Start the server; returns what gradio's `launch` does."""
-    return app.queue(max_size=QUEUE, default_concurrency_limit=8).launch(
+    return app.queue(default_concurrency_limit=8).launch(
         server_name=args.host,
         server_port=args.port or None,
         share=args.share,
@@ -137,30 +136,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the studio needs gradio ({error}): {INSTALL}", file=sys.stderr)
         return 1
     from xcomposer.studio.desk import About, Desk
-    from xcomposer.studio.workspace import Workspaces
 
     try:
         if args.endpoint:
             from xcomposer.studio.endpoint import Endpoint
 
-            model: Any = Endpoint(args.endpoint, args.api_key)
-            about = About(args.endpoint)
+            desk = Desk(Endpoint(args.endpoint, args.api_key), About(args.endpoint), args.max_new_tokens)
         else:
             check_folder(args.model)
-            about = About.of_folder(args.model)
-            model, _ = load(args)
+            desk = Desk(None, About.of_folder(args.model), args.max_new_tokens)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return serve(desk, args)
+
+
+def serve(desk: Any, args: argparse.Namespace) -> int:
+    """Open the page, load the model behind it, and stay until Ctrl-C. Returns the exit status."""
+    from xcomposer.studio.workspace import Workspaces
+
     workspaces = Workspaces()
     atexit.register(workspaces.close_all)
     addresses = args.host in LOCAL and not args.share if args.allow_addresses is None else args.allow_addresses
-    app = build(Desk(model, about, args.max_new_tokens), workspaces, args.pictures, addresses)
+    app = build(desk, workspaces, args.pictures, addresses)
     try:
-        launch(app, args)
+        launch(app, args, prevent_thread_lock=True)
     except OSError as error:  # the port is taken
         print(f"error: {error}; choose another --port", file=sys.stderr)
         return 1
+    try:
+        if not args.endpoint:
+            desk.open(load(args)[0])  # who asks before it is there sees that it is being loaded
+        app.block_thread()
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        app.close(verbose=False)
     return 0
 
 

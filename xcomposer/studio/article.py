@@ -3,19 +3,21 @@
 import base64
 import binascii
 import html
-import time
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from xcomposer.article import EDITS, FORMATS, Article, Composer, file_name, render
+from xcomposer.article import EDITS, FORMATS, Article, Composer, Note, file_name, render
 from xcomposer.article.pictures import in_folder
-from xcomposer.studio.draft import STEPS, Ghost
+from xcomposer.studio.draft import Ghost
+from xcomposer.studio.line import Now, Work
 from xcomposer.studio.media import EXPECTED, one_line, without_paths
-from xcomposer.studio.shell import AT_ONCE, EVERY_S, MODEL, Shell, choices_of, said
+from xcomposer.studio.shell import AT_ONCE, EVERY_S, Shell, choices_of, said
 from xcomposer.studio.texts import TEXTS, text
 from xcomposer.studio.workspace import Workspace
 
@@ -23,6 +25,9 @@ FILES = Path(__file__).parent
 SHOWN_CANDIDATES, THUMBNAIL = 12, 128
 RANKS = 2  # places are shown the model's choice and its runner-up first
 MOST_UPLOAD = 20 * 2**20  # bytes of a picture that comes through the sheet
+STATES = itertools.count(1)  # of any sheet: one may reach its page after a newer one, and is no news there
+Steps = Iterator[tuple[Article, Note]]
+Step = Callable[[Composer, Article], Steps]  # of the article as it is when the step begins
 LABELS = {".zip": "Markdown", ".html": "HTML", ".docx": "DOCX", ".pdf": "PDF", ".json": "JSON"}
 
 
@@ -53,7 +58,7 @@ def sheet_of(workspace: Workspace, language: str) -> dict[str, Any]:
         }
         for block in article.blocks
     ]
-    view = {"title": article.title, "blocks": blocks, "busy": busy, "ghost": ghost}
+    view = {"title": article.title, "blocks": blocks, "busy": busy, "ghost": ghost, "number": next(STATES)}
     kept = {} if busy else {"json": article.to_json() if article.blocks else ""}
     texts = {key: text(key, language) for key in TEXTS}
     return view | kept | {"undo": bool(draft.past), "redo": bool(draft.future), "texts": texts}
@@ -111,23 +116,16 @@ class ArticleTab:
         self.shown = [self.sheet, self.steps, self.note, self.halt]
         start = [shell.token, shell.language]
         given = [*start, self.instruction, self.count, self.gallery, self.material, *shell.choices]
-        running = []
-        for trigger, first in (
-            (self.compose.click, self.write),
-            (self.illustrate.click, None),
-            (self.go_on.click, self.more),
+        for begun in (
+            self.compose.click(self.write, given, self.shown, **AT_ONCE),
+            self.illustrate.click(self.add_pictures, [*start, self.count, self.gallery], self.shown, **AT_ONCE),
+            self.go_on.click(self.more, start, self.shown, **AT_ONCE),
+            self.sheet.ask(self.ask, [*start, self.gallery], self.shown, **AT_ONCE),
         ):
-            begin = self.begin if first else self.begin_pictures
-            event = trigger(begin, start, self.shown, **AT_ONCE)
-            steps = [self.places, self.captions, self.choose] if first is not self.more else []
-            for step in [first, *steps] if first else steps:
-                event = event.then(step, given, self.shown, show_progress_on=[self.note], **MODEL)
-                running.append(event)
-        asked = self.sheet.ask(self.begin_edit, start, self.shown, **AT_ONCE).then(
-            self.ask, [*start, self.gallery, *shell.choices], self.shown, show_progress_on=[self.note], **MODEL
-        )
-        self.sheet.act(self.act, start, self.shown, **AT_ONCE)
-        self.halt.click(self.stop, start, self.shown, cancels=[*running, asked], **AT_ONCE)
+            shell.model("article", begun, [shell.language], self.shown, self._left, show_progress_on=[self.note])
+        # "multiple": what is typed is told when it is left, often by a click that is an act of its own.
+        self.sheet.act(self.act, start, self.shown, trigger_mode="multiple", **AT_ONCE)
+        self.halt.click(self.stop, start, self.shown, **AT_ONCE)
         self.opened.upload(self.open, [*start, self.opened], [*self.shown, self.opened], **AT_ONCE)
         for suffix, save in self.saves.items():
             shell.downloads(save.click, self._saver(suffix), [], self.note)
@@ -168,67 +166,59 @@ class ArticleTab:
 
     # ---------------------------------------------------------------------------------------------------- the model's
 
-    def begin(self, token: str, language: str) -> tuple:
-        """The buttons change before the model's turn comes."""
-        workspace = self.shell.workspace(token)
-        workspace.begin("article")
-        workspace.draft.steps = {}
-        workspace.draft.ghost = None
-        return self._shown(workspace, language)
-
-    def begin_pictures(self, token: str, language: str) -> tuple:
-        workspace = self.shell.workspace(token)
-        if not workspace.draft.now.paragraphs:
-            return self._shown(workspace, language, said(text("no_article", language), "error"))
-        shown = self.begin(token, language)
-        workspace.draft.steps = dict.fromkeys(STEPS[1:], "")
-        return shown
-
-    def begin_edit(self, token: str, language: str, event: gr.EventData) -> tuple:
-        """What the sheet asks of the model; remembered, as a step's own event has no data."""
-        workspace = self.shell.workspace(token)
-        if "article" in workspace.running:
-            return self._shown(workspace, language, said(text("busy", language)))
-        workspace.draft.asked = {name: str(getattr(event, name, "")) for name in ("do", "block", "note")}
-        return self.begin(token, language)
-
     def write(
         self, token: str, language: str, instruction: str, count: int, gallery: Any, material: Any, *choices: Any
-    ):
-        def start(workspace: Workspace, composer: Composer):
-            steps = STEPS if count else STEPS[:1]
-            workspace.draft.steps = dict.fromkeys(steps, "")
+    ) -> tuple:
+        """A new article, and its pictures if it is to have some."""
+        workspace, chosen = self.shell.workspace(token), choices_of(choices)
+
+        def start(composer: Composer, article: Article) -> Steps:
             given = [workspace.pictures.add(path) for path in material or ()]
-            chosen = choices_of(choices)
             return composer.write(instruction or "", given, chosen.of_article(), chosen.seed)
 
-        yield from self._step(token, language, "write", start)
+        return self._begin(workspace, language, {"write": start} | self._pictures(workspace, count, gallery))
 
-    def more(self, token: str, language: str, *_: Any):
-        def start(workspace: Workspace, composer: Composer):
-            if not workspace.draft.now.paragraphs:
-                raise ValueError(text("no_article", language))
-            workspace.draft.steps = {"write": ""}
-            return composer.continue_(workspace.draft.now)
+    def add_pictures(self, token: str, language: str, count: int, gallery: Any) -> tuple:
+        """Places, captions and pictures for the article that is there."""
+        workspace = self.shell.workspace(token)
+        return self._begin(workspace, language, self._pictures(workspace, count or -1, gallery), needs_text=True)
 
-        yield from self._step(token, language, "write", start)
-
-    def places(self, token: str, language: str, _: str, count: int, *__: Any):
-        def start(workspace: Workspace, composer: Composer):
-            return composer.places(workspace.draft.now, count if count > 0 else None)
-
-        yield from self._step(token, language, "places", start)
-
-    def captions(self, token: str, language: str, *_: Any):
-        yield from self._step(
-            token, language, "captions", lambda workspace, composer: composer.captions(workspace.draft.now)
+    def more(self, token: str, language: str) -> tuple:
+        return self._begin(
+            self.shell.workspace(token),
+            language,
+            {"write": lambda composer, article: composer.continue_(article)},
+            needs_text=True,
         )
 
-    def choose(self, token: str, language: str, _: str, __: int, gallery: Any, *___: Any):
-        def start(workspace: Workspace, composer: Composer):
-            return composer.choose(workspace.draft.now, self._candidates(workspace, gallery), ranks=RANKS)
+    def ask(self, token: str, language: str, gallery: Any, event: gr.EventData) -> tuple:
+        """What the sheet asks of the model for one block: an edit, a caption, a picture."""
+        workspace = self.shell.workspace(token)
+        do, block, note = (str(getattr(event, name, "")) for name in ("do", "block", "note"))
+        if do == "caption":
+            steps = {"captions": lambda composer, article: composer.caption(article, block)}
+        elif do == "choose":
+            steps = self._choice(workspace, gallery, [block])
+        else:
+            return self._begin(workspace, language, {}, partial(self._edit, do=do, block=block, note=note))
+        return self._begin(workspace, language, steps)
 
-        yield from self._step(token, language, "choose", start)
+    def _pictures(self, workspace: Workspace, count: int, gallery: Any) -> dict[str, Step]:
+        """The steps to `count` pictures; -1: as many as the model likes; 0: none."""
+        if not count:
+            return {}
+        steps: dict[str, Step] = {
+            "places": lambda composer, article: composer.places(article, count if count > 0 else None),
+            "captions": lambda composer, article: composer.captions(article),
+        }
+        return steps | self._choice(workspace, gallery)
+
+    def _choice(self, workspace: Workspace, gallery: Any, blocks: list[str] | None = None) -> dict[str, Step]:
+        return {
+            "choose": lambda composer, article: composer.choose(
+                article, self._candidates(workspace, gallery), blocks, RANKS
+            )
+        }
 
     def _candidates(self, workspace: Workspace, gallery: Any) -> list[str]:
         """Ids of the visitor's pictures, then of the operator's."""
@@ -236,91 +226,95 @@ class ArticleTab:
         paths += in_folder(self.shell.folder) if self.shell.folder else []
         return [workspace.pictures.add(path) for path in paths]
 
-    def _step(self, token: str, language: str, step: str, start: Any) -> Iterator[tuple]:
-        """One step of the model, shown as it goes. What there is when it stops or fails stays, and can be undone."""
-        workspace = self.shell.workspace(token)
-        work, draft = workspace.running.get("article"), workspace.draft
-        if work is None or (draft.steps and step not in draft.steps):
-            yield (gr.skip(),) * 4
-            return
-        before, note, seen, went_on = draft.now, "", 0.0, False
-        try:
-            composer = Composer(self.desk.model, getattr(self.desk.model, "tokenizer", None), workspace.pictures)
-            steps = start(workspace, composer)
-            draft.steps[step] = "…"
-            yield self._shown(workspace, language)
-            with closing(steps):
-                for article, said_now in steps:
-                    if not workspace.goes_on("article", work):
-                        return
-                    draft.now = article
-                    progress = f"{said_now.done}/{said_now.of}" if said_now.of > 1 else ""
-                    draft.steps[step] = f"… {progress}"
-                    note = said_now.text if said_now.answer else note
-                    if time.monotonic() - seen > EVERY_S:
-                        yield self._shown(workspace, language, said(note))
-                        seen = time.monotonic()
-            draft.steps[step] = f"✓ {progress}" if before != draft.now else "✓"
-            went_on = step != list(draft.steps)[-1]
-        except EXPECTED as error:
-            note = one_line(error)
-            draft.steps = {name: state for name, state in draft.steps.items() if state.startswith("✓")}
-        finally:
-            if draft.now != before and (workspace.goes_on("article", work) or workspace.running.get("article") is None):
-                draft.put(draft.now, before)
-            if not went_on:
-                workspace.end("article", work)
-        yield self._shown(workspace, language, said(note, "" if went_on or not note else "error"))
+    def _begin(
+        self,
+        workspace: Workspace,
+        language: str,
+        steps: dict[str, Step],
+        do: Callable[..., Iterator[tuple]] | None = None,
+        needs_text: bool = False,
+    ) -> tuple:
+        """The buttons change before the model's turn comes. do: in place of taking the steps one by one."""
+        draft = workspace.draft
+        if "article" in workspace.running:
+            return self._shown(workspace, language, said(text("busy", language)))
+        if needs_text and not draft.now.paragraphs:
+            return self._shown(workspace, language, said(text("no_article", language), "error"))
+        draft.steps, draft.ghost = dict.fromkeys(steps, ""), None
+        work = partial(do or partial(self._take, steps=steps), workspace, language)
+        workspace.begin("article", Work(work, draft.keep_work))
+        return self._shown(workspace, language)
 
-    def ask(self, token: str, language: str, gallery: Any, *choices: Any) -> Iterator[tuple]:
-        """An edit of a paragraph, into a ghost beside it; or a caption or a picture for one place."""
-        workspace = self.shell.workspace(token)
-        work, draft = workspace.running.get("article"), workspace.draft
-        if work is None:
-            yield (gr.skip(),) * 4
-            return
-        do, block, note = (draft.asked[name] for name in ("do", "block", "note"))
-        if do == "caption":
-            yield from self._step(token, language, "captions", lambda w, c: c.caption(w.draft.now, block))
-            return
-        if do == "choose":
-            one = lambda w, c: c.choose(w.draft.now, self._candidates(w, gallery), [block], RANKS)  # noqa: E731
-            yield from self._step(token, language, "choose", one)
-            return
-        problem, seen = "", 0.0
+    def _take(self, workspace: Workspace, language: str, work: Work, steps: dict[str, Step]) -> Iterator[tuple]:
+        """The steps, each in a turn of its own and undone as one; shown as they go."""
+        draft = workspace.draft
+        notes: list[str] = []
+        try:
+            for name, start in steps.items():
+                draft.begin(name)
+                yield self._shown(workspace, language, said(" ".join(notes)))
+                progress, problem = "", ""
+                for now in self._turn(workspace, work, start):
+                    if now.value is None:
+                        yield gr.skip(), gr.skip(), self.shell.waiting(now, language), gr.skip()
+                        continue
+                    draft.now, note = now.value
+                    progress = f"{note.done}/{note.of}" if note.of > 1 else ""
+                    draft.steps[name] = f"… {progress}"
+                    problem = note.text if note.answer else problem
+                    if now.due:
+                        yield self._shown(workspace, language, said(problem))
+                if work.left:
+                    return
+                draft.done(name, progress)
+                notes += [problem] if problem else []
+        except EXPECTED as error:
+            notes.append(one_line(error))
+        if workspace.end("article", work):
+            yield self._shown(workspace, language, said(" ".join(notes), "error"))
+
+    def _edit(self, workspace: Workspace, language: str, work: Work, do: str, block: str, note: str) -> Iterator[tuple]:
+        """An edit of a paragraph, into a ghost beside it."""
+        draft, problem = workspace.draft, ""
         try:
             if do not in EDITS:
                 raise ValueError(f"unknown edit {do!r}")
-            composer = Composer(self.desk.model, getattr(self.desk.model, "tokenizer", None), workspace.pictures)
-            with closing(composer.edit(draft.now, block, do, note)) as steps:
-                for article, noted in steps:
-                    if not workspace.goes_on("article", work):
-                        return
-                    draft.ghost, problem = Ghost(article, block, do), noted.text if noted.answer else ""
-                    if time.monotonic() - seen > EVERY_S:
-                        yield self._shown(workspace, language)
-                        seen = time.monotonic()
-            if draft.ghost and draft.ghost.article != draft.now:
-                draft.ghost.done = True
-            else:
+            for now in self._turn(workspace, work, lambda composer, article: composer.edit(article, block, do, note)):
+                if now.value is None:
+                    yield gr.skip(), gr.skip(), self.shell.waiting(now, language), gr.skip()
+                    continue
+                article, noted = now.value
+                draft.ghost, problem = Ghost(article, block, do), noted.text if noted.answer else ""
+                if now.due:
+                    yield self._shown(workspace, language)
+            if work.left:
+                return
+            if draft.ghost and draft.ghost.article == draft.now:  # nothing came of it
                 draft.ghost = None
         except EXPECTED as error:
             draft.ghost, problem = None, one_line(error)
-        finally:
-            workspace.end("article", work)
-            if draft.ghost:
-                draft.ghost.done = True
-        yield self._shown(workspace, language, said(problem, "error"))
+        if workspace.end("article", work):
+            yield self._shown(workspace, language, said(problem, "error"))
+
+    def _turn(self, workspace: Workspace, work: Work, start: Step) -> Iterator[Now]:
+        """A turn with the model for one step of the article as it is now."""
+
+        def steps() -> Steps:
+            model = self.desk.model
+            composer = Composer(model, getattr(model, "tokenizer", None), workspace.pictures)
+            return start(composer, workspace.draft.now)
+
+        with closing(self.desk.line.turn(work, steps, EVERY_S)) as turn:
+            yield from turn
 
     def stop(self, token: str, language: str) -> tuple:
         """What was written stays."""
-        workspace = self.shell.workspace(token)
-        workspace.end("article")
-        draft = workspace.draft
-        draft.steps = {name: state for name, state in draft.steps.items() if state.startswith("✓")}
-        if draft.ghost:
-            draft.ghost.done = True
-        return self._shown(workspace, language, said(text("stopped", language)))
+        workspace, note = self.shell.workspace(token), said(text("stopped", language))
+        workspace.end("article", note=note)
+        return self._shown(workspace, language, note)
+
+    def _left(self, workspace: Workspace, note: str, language: str) -> tuple:
+        return gr.skip(), *self._shown(workspace, language, note)[1:]  # the sheet knows which of its states is newest
 
     # ------------------------------------------------------------------------------------------------------- by hand
 

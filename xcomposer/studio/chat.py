@@ -1,8 +1,8 @@
 """The chat tab."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import gradio as gr
 
 from xcomposer.model.media_internlm_xcomposer2 import load_media
 from xcomposer.studio.conversation import Conversation, Turn, as_typed, from_json, to_json, to_markdown
+from xcomposer.studio.desk import Choices
+from xcomposer.studio.line import Work
 from xcomposer.studio.media import EXPECTED, one_line, read_media, strip_of
-from xcomposer.studio.shell import AT_ONCE, EVERY_S, MODEL, Shell, choices_of, said
+from xcomposer.studio.shell import AT_ONCE, EVERY_S, Shell, choices_of, said
 from xcomposer.studio.texts import text
 from xcomposer.studio.workspace import Workspace
 
@@ -91,16 +93,13 @@ class ChatTab:
     def _wire(self) -> None:
         shell, shown = self.shell, [self.chatbot, self.box, self.note, self.list]
         start = [shell.token, shell.language]
-        begins = [
-            self.box.submit(self.send, [*start, self.box], shown, **AT_ONCE),
-            self.chatbot.example_select(self.example, start, shown, **AT_ONCE),
-            self.chatbot.retry(self.retry, start, shown, **AT_ONCE),
-            self.chatbot.edit(self.edit, start, shown, **AT_ONCE),
-        ]
-        for begun in begins:
-            begun.then(self.answer, [*start, *shell.choices], shown, **MODEL)
-        # An answer sees by itself that its work is over, at the next token. gradio's `cancels=` would close it between,
-        # from another thread, and a generator that is computing cannot be closed: an error in every box.
+        for begun in (
+            self.box.submit(self.send, [*start, self.box, *shell.choices], [*shown, self.attached], **AT_ONCE),
+            self.chatbot.example_select(self.example, [*start, *shell.choices], [*shown, self.attached], **AT_ONCE),
+            self.chatbot.retry(self.retry, [*start, *shell.choices], shown, **AT_ONCE),
+            self.chatbot.edit(self.edit, [*start, *shell.choices], shown, **AT_ONCE),
+        ):
+            shell.model("chat", begun, [shell.language], shown, self._left)
         self.box.stop(self.stop, start, shown, **AT_ONCE)
         self.chatbot.undo(self.undo, start, shown, **AT_ONCE)
         self.chatbot.clear(self.clear, start, shown, **AT_ONCE)
@@ -108,9 +107,8 @@ class ChatTab:
         self.list.input(self.switch, [*start, self.list], shown, **AT_ONCE)
         self.opened.upload(self.open, [*start, self.opened], [*shown, self.opened], **AT_ONCE)
         self.box.change(
-            self.attach, [*start, self.box, *shell.choices], [self.attached, self.note],
-            trigger_mode="always_last", **AT_ONCE,
-        )  # fmt: skip
+            self.attach, [*start, self.box, *shell.choices], self.attached, trigger_mode="always_last", **AT_ONCE
+        )
         self.camera.input(self.add_picture, [self.box, self.camera], [self.box, self.camera], **AT_ONCE)
         self.fetch.click(
             self.add_address, [*start, self.box, self.address], [self.box, self.address, self.note], **AT_ONCE
@@ -131,41 +129,42 @@ class ChatTab:
         box = gr.update() if box is None else box
         return messages_of(workspace.conversation), box, note, titles(workspace, language)
 
-    def _begin(self, workspace: Workspace, language: str, turn: Turn) -> tuple:
-        workspace.conversation.turns.append(turn)
-        workspace.begin("chat")
+    def _begin(self, workspace: Workspace, language: str, turn: Turn, choices: Sequence[Any]) -> tuple:
+        turns = workspace.conversation.turns
+        turns.append(turn)
+        workspace.begin("chat", Work(partial(self._answer, workspace, language, turns, choices_of(choices))))
         return self._shown(workspace, language, gr.update(value=None, **WRITING))
 
     # ------------------------------------------------------------------------------------------------- what begins one
 
-    def send(self, token: str, language: str, box: dict) -> tuple:
+    def send(self, token: str, language: str, box: dict, *choices: Any) -> tuple:
         """A new question from the box, if it can be read."""
         workspace = self.shell.workspace(token)
         question, files = (box.get("text") or "").strip(), box.get("files") or []
         if "chat" in workspace.running:
-            return self._shown(workspace, language, note=said(text("busy", language)))
+            return *self._shown(workspace, language, note=said(text("busy", language))), gr.skip()
         if not question and not files:
-            return self._shown(workspace, language, note=said(text("nothing_asked", language)))
+            return *self._shown(workspace, language, note=said(text("nothing_asked", language))), gr.skip()
         try:
             media = [workspace.media(path) for path in files]
         except EXPECTED as error:
-            return self._shown(workspace, language, note=said(one_line(error), "error"))
-        return self._begin(workspace, language, Turn(question, media))
+            return *self._shown(workspace, language), said(one_line(error), "error")
+        return *self._begin(workspace, language, Turn(question, media), choices), ""
 
-    def example(self, token: str, language: str, event: gr.SelectData) -> tuple:
+    def example(self, token: str, language: str, event: gr.SelectData, *choices: Any) -> tuple:
         at = event.index[0] if isinstance(event.index, list | tuple) else event.index
         example = self.desk.about.chat[int(at)]
-        return self.send(token, language, example)
+        return self.send(token, language, example, *choices)
 
-    def retry(self, token: str, language: str, event: gr.RetryData) -> tuple:
+    def retry(self, token: str, language: str, event: gr.RetryData, *choices: Any) -> tuple:
         turn = self._cut(token, event.index)
-        return self._begin(self.shell.workspace(token), language, Turn(turn.question, turn.media))
+        return self._begin(self.shell.workspace(token), language, Turn(turn.question, turn.media), choices)
 
-    def edit(self, token: str, language: str, event: gr.EditData) -> tuple:
+    def edit(self, token: str, language: str, event: gr.EditData, *choices: Any) -> tuple:
         turn = self._cut(token, event.index)
         value = event.value if isinstance(event.value, str) else turn.question
         question = value.replace("&lt;", "<").replace("&amp;", "&").strip()
-        return self._begin(self.shell.workspace(token), language, Turn(question, turn.media))
+        return self._begin(self.shell.workspace(token), language, Turn(question, turn.media), choices)
 
     def _cut(self, token: str, index: int | Sequence[int]) -> Turn:
         """Leave a turn and all after it; returns it. index: of one of its two messages."""
@@ -180,43 +179,41 @@ class ChatTab:
 
     # --------------------------------------------------------------------------------------------------------- answers
 
-    def answer(self, token: str, language: str, *choices: Any) -> Iterator[tuple]:
+    def _answer(
+        self, workspace: Workspace, language: str, turns: list[Turn], choices: Choices, work: Work
+    ) -> Iterator[tuple]:
         """The answer to the last turn as it grows. A question that fails goes back to its box."""
-        workspace = self.shell.workspace(token)
-        work = workspace.running.get("chat")
-        if work is None:
-            yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
-            return
-        turns = workspace.conversation.turns
-        turn, seen = turns[-1], 0.0
+        turn = turns[-1]
+        answers = partial(self.desk.answer, turns, choices)
         try:
-            with closing(self.desk.answer(turns, choices_of(choices))) as answers:
-                for answer in answers:
-                    if not workspace.goes_on("chat", work):
-                        return
-                    turn.answer = answer
-                    if time.monotonic() - seen > EVERY_S:
-                        yield messages_of(workspace.conversation), gr.skip(), gr.skip(), gr.skip()
-                        seen = time.monotonic()
-            turn.answer = turn.answer or "…"
-            workspace.end("chat", work)
-            yield self._shown(workspace, language, gr.update(**READY))
+            with closing(self.desk.line.turn(work, answers, EVERY_S)) as steps:
+                for now in steps:
+                    if now.value is None:
+                        yield gr.skip(), gr.skip(), self.shell.waiting(now, language), gr.skip()
+                        continue
+                    turn.answer = now.value
+                    if now.due:
+                        yield messages_of(workspace.conversation), gr.skip(), "", gr.skip()
+            if not work.left:
+                turn.answer = turn.answer or "…"
+                workspace.end("chat", work)
+                yield self._shown(workspace, language, gr.update(**READY))
         except EXPECTED as error:
             if workspace.end("chat", work):
                 turns.remove(turn)
-                yield self._shown(
-                    workspace, language, gr.update(value=boxed(turn), **READY), said(one_line(error), "error")
-                )
-        finally:
-            workspace.end("chat", work)
+                box = gr.update(value=boxed(turn), **READY)
+                yield self._shown(workspace, language, box, said(one_line(error), "error"))
 
     def stop(self, token: str, language: str) -> tuple:
         """What was written stays; a question without an answer goes back to its box."""
-        workspace = self.shell.workspace(token)
-        workspace.end("chat")
+        workspace, note = self.shell.workspace(token), said(text("stopped", language))
+        workspace.end("chat", note=note)
         turns = workspace.conversation.turns
         value = {"value": boxed(turns.pop())} if turns and not turns[-1].answer else {}
-        return self._shown(workspace, language, gr.update(**value, **READY), said(text("stopped", language)))
+        return self._shown(workspace, language, gr.update(**value, **READY), note)
+
+    def _left(self, workspace: Workspace, note: str, language: str) -> tuple:
+        return self._shown(workspace, language, gr.update(**READY), note)
 
     def undo(self, token: str, language: str, event: gr.UndoData) -> tuple:
         turn = self._cut(token, event.index)
@@ -265,25 +262,25 @@ class ChatTab:
 
     # -------------------------------------------------------------------------------------------------------- pictures
 
-    def attach(self, token: str, language: str, box: dict, *choices: Any) -> tuple[str, str]:
+    def attach(self, token: str, language: str, box: dict, *choices: Any) -> str:
         """What the box holds: each picture's tiles, a video's frames, and the length of the prompt."""
         workspace = self.shell.workspace(token)
         question, files = box.get("text") or "", box.get("files") or []
         if not files and not question:
-            return "", gr.skip()
+            return ""
         try:
             media = [workspace.media(path) for path in files]
             turns = [*(turn for turn in workspace.conversation.turns if turn.answer), Turn(question, media)]
             sizes, whole, limit = self.desk.count(turns, choices_of(choices))
         except EXPECTED as error:
-            return "", said(one_line(error), "error")
+            return said(one_line(error), "error")
         notes = [
             text("frames" if one.times else "tiles", language, len(one.times) or tiles, tokens)
             for one, (tiles, tokens) in zip(media, sizes, strict=True)
         ]
         count = text("prompt", language, whole, limit) if limit else ""
         wrong = "over" if limit and whole >= limit else ""
-        return f'{strip_of(media, notes)}<p class="count {wrong}">{count}</p>', ""
+        return f'{strip_of(media, notes)}<p class="count {wrong}">{count}</p>'
 
     @staticmethod
     def add_picture(box: dict, path: str | None) -> tuple[Any, Any]:

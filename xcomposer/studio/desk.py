@@ -31,6 +31,7 @@ from xcomposer.model.webpage_internlm_xcomposer2 import (
 )
 from xcomposer.studio.conversation import Turn, asked
 from xcomposer.studio.frame import code_of
+from xcomposer.studio.line import Line
 from xcomposer.studio.media import Media, tokens_of
 
 KINDS = ("instruction", "resume", "screenshot")
@@ -108,15 +109,31 @@ class Stopped(Exception):
 
 
 class Desk:
-    """One model for everybody; whoever asks is first in turn.
+    """One model for everybody, who come to it by `line`.
 
     Args:
-        model: see above.
+        model: see above; None: it comes later, by `open`, and who needs it waits.
         max_new_tokens: of a chat answer where nothing is chosen.
     """
 
     def __init__(self, model: Any, about: About, max_new_tokens: int = 1024):
-        self.model, self.about, self.max_new_tokens = model, about, max_new_tokens
+        self.about, self.max_new_tokens = about, max_new_tokens
+        self.line = Line()
+        self._model, self._loaded = None, threading.Event()
+        if model is not None:
+            self.open(model)
+
+    def open(self, model: Any) -> None:
+        """The model is loaded."""
+        self._model = model
+        self._loaded.set()
+        self.line.open()
+
+    @property
+    def model(self) -> Any:
+        """The model, once it is loaded."""
+        self._loaded.wait()
+        return self._model
 
     def answer(self, turns: Sequence[Turn], choices: Choices) -> Iterator[str]:
         """The answer to the last turn as it grows; in one piece with beams.
@@ -149,7 +166,7 @@ class Desk:
 
         history: (what was asked, page) where this is a change to a page. A resume takes a second pass, for its script.
 
-        Raises: ValueError: nothing to go by, and as `stream_webpage`.
+        Raises: ValueError: nothing to go by, at once; and as `stream_webpage`.
         """
         wanted = {
             "instruction": (text, "say what the page should be"),
@@ -159,6 +176,11 @@ class Desk:
         given, remedy = wanted[kind]
         if not given or (isinstance(given, str) and not given.strip()):
             raise ValueError(remedy)
+        return self._pages(kind, text, screenshot, history, choices)
+
+    def _pages(
+        self, kind: str, text: str, screenshot: Media | None, history: Sequence[tuple[str, str]], choices: Choices
+    ) -> Iterator[str]:
         query = {
             "instruction": text,
             "resume": RESUME_QUERY + text,

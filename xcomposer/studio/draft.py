@@ -7,7 +7,6 @@ from typing import Any
 from xcomposer.article import Article
 
 MOST_UNDO = 200
-STEPS = ("write", "places", "captions", "choose")
 
 
 @dataclass
@@ -22,14 +21,17 @@ class Ghost:
 
 @dataclass
 class Draft:
-    """The article, those before it and those undone."""
+    """The article, those before it and those undone.
+
+    steps: of the model, with what is shown beside each: "…" while it runs, "✓" when it is done.
+    """
 
     now: Article = field(default_factory=Article)
     past: list[Article] = field(default_factory=list)
     future: list[Article] = field(default_factory=list)
     ghost: Ghost | None = None
-    steps: dict[str, str] = field(default_factory=dict)  # step -> what is shown beside it; "…" while it runs
-    asked: dict[str, str] = field(default_factory=dict)  # what the sheet wants of the model
+    steps: dict[str, str] = field(default_factory=dict)
+    _before: Article | None = None  # the step that runs
 
     def put(self, article: Article, before: Article | None = None) -> None:
         """A new state that can be undone. before: the state to go back to, where `now` has moved on with the work."""
@@ -38,6 +40,29 @@ class Draft:
             self.past = [*self.past, before][-MOST_UNDO:]
             self.future = []
         self.now = article
+
+    def begin(self, step: str) -> None:
+        """A step of the model begins, which moves `now` as it goes."""
+        self.steps[step], self._before = "…", self.now
+
+    def done(self, step: str, progress: str = "") -> None:
+        """The step is over, and is undone as one."""
+        changed = self._settled()
+        self.steps[step] = f"✓ {progress}" if changed else "✓"
+
+    def keep_work(self) -> None:
+        """The model's work is over or was left: what there is stays, and can be undone."""
+        self._settled()
+        self.steps = {step: state for step, state in self.steps.items() if state.startswith("✓")}
+        if self.ghost:
+            self.ghost.done = True
+
+    def _settled(self) -> bool:
+        before, self._before = self._before, None
+        changed = before is not None and before != self.now
+        if changed:
+            self.put(self.now, before)
+        return changed
 
     def undo(self) -> None:
         if self.past:

@@ -1,9 +1,9 @@
 """The page tab."""
 
 import html
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import gradio as gr
 from xcomposer.article import Article, file_name
 from xcomposer.studio.desk import KINDS
 from xcomposer.studio.frame import hosts_of, preview, title_of, window
+from xcomposer.studio.line import Work
 from xcomposer.studio.media import EXPECTED, one_line, without_paths
-from xcomposer.studio.pages import Pages, Version
-from xcomposer.studio.shell import AT_ONCE, MODEL, Shell, choices_of, said
+from xcomposer.studio.pages import Pages
+from xcomposer.studio.shell import AT_ONCE, Shell, choices_of, said
 from xcomposer.studio.texts import text
 from xcomposer.studio.workspace import Workspace
 
@@ -105,20 +106,17 @@ class PageTab:
         self.shown = [self.preview, self.code, self.versions, self.hosts_row, self.hosts, self.note, self.halt]
         start = [shell.token, shell.language, self.device]
         asked = [*start, self.kind, self.instruction, self.resume_file, self.resume, self.screenshot, self.wish]
-        after = [self.preview, self.code]
-        running = [
-            self.write.click(self.begin, start, self.shown, **AT_ONCE).then(
-                self.write_page, [*asked, *shell.choices], self.shown, **MODEL
-            ),
-            self.change.click(self.begin, start, self.shown, **AT_ONCE).then(
-                self.change_page, [*start, self.wanted, *shell.choices], [*self.shown, self.wanted], **MODEL
-            ),
-        ]
-        for event in running:  # once more when it is over: the last state must not be lost among the quick ones
-            event.then(self.settled, start, after, **AT_ONCE)
-        self.halt.click(self.stop, [*start, self.code], self.shown, cancels=running, **AT_ONCE)
+        for begun in (
+            self.write.click(self.write_page, [*asked, *shell.choices], self.shown, **AT_ONCE),
+            self.change.click(self.change_page, [*start, self.wanted, *shell.choices], self.shown, **AT_ONCE),
+        ):
+            # Once more when it is over: the last state must not be lost among the quick ones.
+            shell.model("page", begun, start[1:], [*self.shown, self.wanted], self._left).then(
+                self.settled, start, [self.preview, self.code], **AT_ONCE
+            )
+        self.halt.click(self.stop, start, self.shown, **AT_ONCE)
         self.code.input(self.edit, [*start, self.code], self.shown, trigger_mode="always_last", **AT_ONCE)
-        self.versions.input(self.show_version, [*start, self.versions], self.shown, cancels=running, **AT_ONCE)
+        self.versions.input(self.show_version, [*start, self.versions], self.shown, **AT_ONCE)
         self.device.input(self.show, start, self.shown, **AT_ONCE)
         self.allow.click(self.allow_hosts, start, self.shown, **AT_ONCE)
         shell.downloads(self.download.click, self._file, [], self.note)
@@ -128,7 +126,7 @@ class PageTab:
 
     # --------------------------------------------------------------------------------------------------------- showing
 
-    def _shown(self, workspace: Workspace, language: str, device: str, note: str = "", writing: bool = False) -> tuple:
+    def _shown(self, workspace: Workspace, language: str, device: str, note: str = "") -> tuple:
         pages = workspace.pages
         code = pages.now.code if pages.now else ""
         return (
@@ -137,7 +135,7 @@ class PageTab:
             self._versions(pages, language),
             *self._hosts(code, language, pages),
             note,
-            gr.update(interactive=writing),
+            gr.update(interactive="page" in workspace.running),
         )
 
     @staticmethod
@@ -177,94 +175,89 @@ class PageTab:
 
     # --------------------------------------------------------------------------------------------------------- writing
 
-    def begin(self, token: str, language: str, device: str) -> tuple:
-        """The buttons change before the model's turn comes."""
-        workspace = self.shell.workspace(token)
-        workspace.begin("page")
-        return *(gr.skip(),) * 5, "", gr.update(interactive=True)
-
     def write_page(
         self, token: str, language: str, device: str, kind: str, instruction: str, resume_file: str | None,
         resume: str, screenshot: str | None, wish: str, *choices: Any,
-    ) -> Iterator[tuple]:  # fmt: skip
+    ) -> tuple:  # fmt: skip
         """A page from the open tab's input."""
-        workspace = self.shell.workspace(token)
+        workspace, chosen = self.shell.workspace(token), choices_of(choices)
 
-        def read() -> tuple[str, Any, str]:
+        def asked() -> tuple[Iterator[str], str, str]:
+            words, picture, name = instruction or "", None, (instruction or "").strip()
             if kind == "resume":
-                words = _text_of(resume_file) if resume_file else resume or ""
-                return words, None, text("resume", language)
+                words, name = _text_of(resume_file) if resume_file else resume or "", text(kind, language)
             if kind == "screenshot":
-                return wish or "", workspace.media(screenshot) if screenshot else None, text("screenshot", language)
-            return instruction or "", None, (instruction or "").strip()
+                words, name = wish or "", text(kind, language)
+                picture = workspace.media(screenshot) if screenshot else None
+            return self.desk.page(kind, words, picture, [], chosen), words, name
 
-        yield from self._writing(workspace, language, device, kind, read, [], choices)
+        return self._begin(workspace, language, device, asked)
 
-    def change_page(self, token: str, language: str, device: str, change: str, *choices: Any) -> Iterator[tuple]:
+    def change_page(self, token: str, language: str, device: str, change: str, *choices: Any) -> tuple:
         """The shown page, changed: a further turn that has it before it."""
-        workspace = self.shell.workspace(token)
+        workspace, wanted = self.shell.workspace(token), (change or "").strip()
 
-        def read() -> tuple[str, Any, str]:
+        def asked() -> tuple[Iterator[str], str, str]:
             if not workspace.pages.now:
                 raise ValueError(text("nothing_to_change", language))
-            if not (change or "").strip():
+            if not wanted:
                 raise ValueError(text("nothing_changed", language))
-            return change.strip(), None, change.strip()
+            history = workspace.pages.history()
+            return self.desk.page("instruction", wanted, None, history, choices_of(choices)), wanted, wanted
 
-        history = workspace.pages.history()
-        before = len(workspace.pages.versions)
-        for shown in self._writing(workspace, language, device, "instruction", read, history, choices):
-            done = len(workspace.pages.versions) > before
-            yield *shown, "" if done else gr.skip()
+        return self._begin(workspace, language, device, asked, "")
 
-    def _writing(
-        self, workspace: Workspace, language: str, device: str, kind: str, read: Any, history: list, choices: Sequence
-    ) -> Iterator[tuple]:
-        """Write with the model; what there is when it stops or fails stays as a version."""
-        work = workspace.running.get("page")
-        if work is None:
-            yield (gr.skip(),) * 7
-            return
-        pages, code, query, name, steps, seen = workspace.pages, "", "", "", 0, 0.0
-        kept = False
-
-        def keep() -> None:
-            nonlocal kept
-            if not kept and code.strip():
-                pages.add(Version(code, query or name, name))
-            kept = True
-
+    def _begin(
+        self, workspace: Workspace, language: str, device: str, asked: Callable[[], tuple], box: Any = None
+    ) -> tuple:
+        """The buttons change before the model's turn comes. box: what the change's box has once it is made."""
+        pages, same = workspace.pages, (gr.skip(),) * 5
+        if "page" in workspace.running:
+            return *same, said(text("busy", language)), gr.skip()
         try:
-            query, screenshot, name = read()
-            with closing(self.desk.page(kind, query, screenshot, history, choices_of(choices))) as codes:
-                for so_far in codes:
-                    if not workspace.goes_on("page", work):
-                        return
-                    steps, code = steps + 1, so_far or code
-                    if time.monotonic() - seen > EVERY_S:
-                        count = ("characters", len(code)) if code else ("tokens", steps)
+            codes, query, name = asked()
+        except EXPECTED as error:
+            return *same, said(one_line(error), "error"), gr.skip()
+        pages.begin(query or name, name)
+        box = gr.skip() if box is None else box
+        workspace.begin("page", Work(partial(self._write, workspace, language, device, codes, box), pages.keep))
+        return *same, "", gr.update(interactive=True)
+
+    def _write(
+        self, workspace: Workspace, language: str, device: str, codes: Iterator[str], box: Any, work: Work
+    ) -> Iterator[tuple]:
+        """The page as it is written; what there is when it stops or fails stays as a version."""
+        pages, tokens = workspace.pages, 0
+        try:
+            with closing(self.desk.line.turn(work, lambda: codes, EVERY_S)) as steps:
+                for now in steps:
+                    if now.value is None:
+                        yield *(gr.skip(),) * 5, self.shell.waiting(now, language), gr.skip(), gr.skip()
+                        continue
+                    tokens, pages.coming = tokens + 1, now.value or pages.coming
+                    if now.due:
+                        code = pages.coming
+                        count = ("characters", len(code)) if code else ("tokens", tokens)
                         yield (
                             self._preview(code, language, device, pages), code, gr.skip(), gr.skip(), gr.skip(),
-                            said(text(*count[:1], language, count[1])), gr.skip(),
+                            said(text(count[0], language, count[1])), gr.skip(), gr.skip(),
                         )  # fmt: skip
-                        seen = time.monotonic()
-            keep()
-            workspace.end("page", work)
-            yield self._shown(workspace, language, device, said(text("done_page", language, len(code))))
+            if not work.left:
+                done = said(text("done_page", language, len(pages.coming)))
+                workspace.end("page", work)
+                yield *self._shown(workspace, language, device, done), box
         except EXPECTED as error:
-            keep()
             if workspace.end("page", work):
-                yield self._shown(workspace, language, device, said(one_line(error), "error"))
-        finally:
-            if workspace.end("page", work) or workspace.running.get("page") is None:
-                keep()
+                yield *self._shown(workspace, language, device, said(one_line(error), "error")), gr.skip()
 
-    def stop(self, token: str, language: str, device: str, code: str) -> tuple:
+    def stop(self, token: str, language: str, device: str) -> tuple:
         """What was written stays, as a version."""
-        workspace = self.shell.workspace(token)
-        if workspace.end("page"):
-            workspace.pages.add(Version(code or "", text("stopped", language), text("stopped", language)))
-        return self._shown(workspace, language, device, said(text("stopped", language)))
+        workspace, note = self.shell.workspace(token), said(text("stopped", language))
+        workspace.end("page", note=note)
+        return self._shown(workspace, language, device, note)
+
+    def _left(self, workspace: Workspace, note: str, language: str, device: str) -> tuple:
+        return *self._shown(workspace, language, device, note), gr.skip()
 
     # ------------------------------------------------------------------------------------------- versions, edits, files
 

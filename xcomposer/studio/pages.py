@@ -14,11 +14,13 @@ class Version:
 
 @dataclass
 class Pages:
-    """A page's versions, oldest first; `at` is the one that is shown."""
+    """A page's versions, oldest first; `at` is the one that is shown. coming: the code of one that is being written."""
 
     versions: list[Version] = field(default_factory=list)
     at: int = -1
     hosts: tuple[str, ...] = ()  # that the visitor lets the preview load from
+    coming: str = ""
+    _asked: tuple[str, str] = ("", "")
 
     @property
     def now(self) -> Version | None:
@@ -29,6 +31,14 @@ class Pages:
         if version.code.strip() and (self.now is None or version.code != self.now.code):
             self.versions.append(version)
             self.at = len(self.versions) - 1
+
+    def begin(self, query: str, label: str) -> None:
+        """A new version is asked for."""
+        self.coming, self._asked = "", (query, label)
+
+    def keep(self) -> None:
+        """What came of it is a version, whole or not."""
+        self.add(Version(self.coming, *self._asked))
 
     def edited(self, code: str) -> None:
         """The page as it was edited by hand: one version a sitting, whatever the number of keys."""

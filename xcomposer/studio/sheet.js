@@ -16,8 +16,8 @@ const act = (what, block, values = {}) => trigger('act', {do: what, block: block
 const ask = (what, block, note = '') => { open = null; trigger('ask', {do: what, block, note}); };
 
 // A text that is typed in place: told when it is left, and only if it changed.
-const editable = (className, label, text, told) => {
-  const node = make('div', {className, textContent: text, ariaLabel: label});
+const editable = (className, label, text, told, key) => {
+  const node = make('div', {className, textContent: text, ariaLabel: label, key});
   node.setAttribute('role', 'textbox');
   node.contentEditable = view.busy ? 'false' : 'plaintext-only';
   node.said = text;
@@ -31,7 +31,10 @@ const editable = (className, label, text, told) => {
 };
 
 const noteForm = (block) => {
-  const input = make('input', {type: 'text', placeholder: view.texts.note, ariaLabel: view.texts.note});
+  const input = make('input', {
+    type: 'text', placeholder: view.texts.note, ariaLabel: view.texts.note, value: open.note || '',
+    oninput: () => { open.note = input.value; },
+  });
   const go = () => ask(open.how, block.id, input.value);
   input.onkeydown = (event) => {
     if (event.key === 'Enter') go();
@@ -75,7 +78,7 @@ const paragraph = (block, at) => {
   const ghost = view.ghost && view.ghost.block === block.id ? view.ghost : null;
   return make('section', {className: 'block text'}, [
     ghost && ghost.old ? null : editable('para', `${view.texts.paragraph} ${number}`, block.text,
-      (text) => act('text', block.id, {text})),
+      (text) => act('text', block.id, {text}), block.id),
     ghost && ghostOf(ghost),
     tools([...edits, make('i'), button('add_paragraph', () => act('paragraph', block.id), {icon: '¶+'}),
       button('add_picture', () => act('place', block.id), {icon: '▣+'}), ...moves(block, at)]),
@@ -97,7 +100,8 @@ const place = (block, at) => make('section', {className: 'block place'}, [
   make('figure', {}, [
     block.src ? make('img', {src: block.src, alt: block.caption})
       : make('div', {className: 'hole', textContent: view.texts.missing}),
-    editable('caption', view.texts.caption, block.caption, (text) => act('caption', block.id, {text})),
+    editable('caption', view.texts.caption, block.caption, (text) => act('caption', block.id, {text}),
+      block.id),
   ]),
   block.candidates.length > 1 && make('div', {className: 'candidates'}, block.candidates.map((each, rank) => make('button', {
     type: 'button', className: each.id === block.picture ? 'picked' : '', disabled: view.busy,
@@ -122,17 +126,33 @@ function render() {
   }
   const bottom = sheet.scrollHeight - sheet.scrollTop - sheet.clientHeight < 60;
   sheet.replaceChildren(
-    editable('heading', view.texts.title, view.title, (text) => act('title', '', {text})),
+    editable('heading', view.texts.title, view.title, (text) => act('title', '', {text}), 'title'),
     ...view.blocks.map((block, at) => (block.kind === 'text' ? paragraph : place)(block, at)),
   );
   if (view.busy && bottom) sheet.scrollTop = sheet.scrollHeight;
 }
 
+// What is being typed while a state comes stays, with its caret: it is told when it is left.
+function keepTyping(draw) {
+  const old = document.activeElement;
+  if (!old?.key || !sheet.contains(old) || view.busy) return draw();
+  const caret = document.createRange(), at = getSelection(), typed = old.innerText;
+  caret.setStart(old, 0);
+  if (old.contains(at.focusNode)) caret.setEnd(at.focusNode, at.focusOffset);
+  const length = caret.toString().length, changed = typed.trim() !== old.said.trim();
+  old.onblur = null;
+  draw();
+  const node = [...sheet.querySelectorAll('[role=textbox]')].find((each) => each.key === old.key);
+  if (!node) return;
+  if (changed) node.textContent = typed;
+  node.focus();
+  if (node.firstChild) at.collapse(node.firstChild, Math.min(length, node.firstChild.length));
+}
+
 function take() {
-  const typing = document.activeElement;
-  if (typing && typing.tell && sheet.contains(typing) && !props.value?.busy) typing.onblur = null;
-  view = props.value && props.value.texts ? props.value : view;
-  render();
+  if (!props.value?.texts || props.value.number < view.number) return; // one that came late
+  view = props.value;
+  keepTyping(render);
   if (view.json !== undefined) localStorage.setItem('xcomposer-article', view.json);
 }
 

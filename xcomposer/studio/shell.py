@@ -1,19 +1,21 @@
 """What the tabs share on the page: texts in two languages, the settings drawer, the model's queue, downloads."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from xcomposer.studio.desk import Choices, Desk
+from xcomposer.studio.line import Now
 from xcomposer.studio.texts import LANGUAGES, TEXTS, text
 from xcomposer.studio.workspace import Workspace, Workspaces
 
-# Whoever needs the model waits in one queue. "multiple": by default gradio drops an event while the last one of its
-# kind goes on, which a stopped answer does until its token is done; the question asked meanwhile had no answer.
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "multiple"}
+# The model's work waits in the desk's line, not in gradio's queue. "multiple": by default gradio drops an event while
+# the last one of its kind goes on, as a stopped answer does until its token is done: the next question had no answer.
+MODEL = {"concurrency_limit": None, "trigger_mode": "multiple"}
 AT_ONCE = {"queue": False, "show_progress": "hidden"}
 EVERY_S = 0.1  # between two pictures of what is being written
 NOTE = '<p role="status" class="note {}">{}</p>'
@@ -113,6 +115,7 @@ class Shell:
 
         def open_page(stored: str, saved: str, language: str, request: gr.Request) -> list[Any]:
             workspace = self.workspaces.open(stored)
+            workspace.leave()
             if saved and not workspace.draft.now.blocks:
                 self.reopen(workspace, saved)
             accepted = request.headers.get("accept-language", "") if request else ""
@@ -148,6 +151,37 @@ class Shell:
             workspace.draft.now = Article.from_json(saved)
         except ValueError:
             return
+
+    def model(
+        self, tab: str, begun: Any, inputs: list[Any], outputs: list[Any], left: Callable[..., tuple], **options: Any
+    ) -> Any:
+        """After the event that begins a tab's work: that work.
+
+        Args:
+            left: (workspace, note, *inputs) gives the outputs as they are when the work was left. What it showed last
+                may reach the page after what the stop showed, and gradio sends it once more at its end.
+        """
+
+        def do(token: str, *values: Any) -> Iterator[Any]:
+            workspace, none = self.workspace(token), (gr.skip(),) * len(outputs)
+            work = workspace.take(tab)
+            if work is None:  # nothing was begun, or it was stopped before
+                yield none
+                return
+            try:
+                with closing(work.do(work)) as shown:
+                    yield from shown
+            finally:  # its page was closed
+                workspace.end(tab, work)
+            if work.left:
+                yield none if tab in workspace.running else left(workspace, work.note, *values)
+
+        return begun.then(do, [self.token, *inputs], outputs, **MODEL, **options)
+
+    @staticmethod
+    def waiting(now: Now, language: str) -> str:
+        """A line for one whose turn has not come."""
+        return said(text("waiting", language, now.before) if now.before else text("loading", language))
 
     def downloads(
         self, trigger: Callable, make: Callable[..., tuple[str, bytes] | None], inputs: list, note: Any

@@ -23,6 +23,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "stop": ("Stop", "停止"),
     "add": ("Add", "添加"),
     "stopped": ("Stopped.", "已停止。"),
+    "waiting": ("Waiting for the model: {} before you.", "正在等待模型：前面还有 {} 个。"),
+    "loading": ("The model is being loaded.", "模型正在加载。"),
     "busy": ("The answer is still being written: stop it first.", "回答尚在生成，请先停止。"),
     # chat
     "chat": ("Chat", "对话"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from xcomposer.article import Pictures
 from xcomposer.studio.conversation import Conversation
 from xcomposer.studio.draft import Draft
+from xcomposer.studio.line import Work
 from xcomposer.studio.media import Media, data_address, read_media
 from xcomposer.studio.pages import Pages
 
@@ -23,7 +24,7 @@ THUMBNAIL = 720
 class Workspace:
     """What one visitor has.
 
-    running: of each tab, the model's work under way; work that is no longer named here changes nothing more.
+    running: of each tab, the model's work under way.
     """
 
     token: str
@@ -35,7 +36,7 @@ class Workspace:
     pictures: Pictures = field(default_factory=Pictures)
     gallery: list[str] = field(default_factory=list)  # ids of candidates that the visitor dropped
     material: list[str] = field(default_factory=list)
-    running: dict[str, object] = field(default_factory=dict)
+    running: dict[str, Work] = field(default_factory=dict)
     holders: int = 0
     _read: dict[str, Media] = field(default_factory=dict)
     _shown: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -58,19 +59,33 @@ class Workspace:
             self._shown[picture, longest] = data_address(self.pictures.opened(picture), longest)
         return self._shown[picture, longest]
 
-    def begin(self, tab: str) -> object:
-        """New work of the model in a tab; what ran there before is left behind."""
-        self.running[tab] = work = object()
+    def begin(self, tab: str, work: Work) -> None:
+        """New work of the model in a tab; what ran there before is left."""
+        self.end(tab)
+        self.running[tab] = work
+
+    def take(self, tab: str) -> Work | None:
+        """The tab's work, for the one who does it; None if there is none, or another does it."""
+        work = self.running.get(tab)
+        if work is None or work.taken:
+            return None
+        work.taken = True
         return work
 
-    def goes_on(self, tab: str, work: object) -> bool:
-        return self.running.get(tab) is work
+    def end(self, tab: str, work: Work | None = None, note: str = "") -> bool:
+        """The work is over (`work`), or whatever runs in the tab is left (None), with a note; whether it went on."""
+        found = self.running.get(tab)
+        if found is None or work not in (None, found):
+            return False
+        del self.running[tab]
+        found.left, found.note = work is None, note
+        found.keep()
+        return True
 
-    def end(self, tab: str, work: object | None = None) -> bool:
-        """The work is over (`work`), or stopped by hand (None); whether it ran until now."""
-        if work is None or self.goes_on(tab, work):
-            return self.running.pop(tab, None) is not None
-        return False
+    def leave(self) -> None:
+        """Leave all work: the page that it was for is gone."""
+        for tab in list(self.running):
+            self.end(tab)
 
 
 class Workspaces:
@@ -113,6 +128,7 @@ class Workspaces:
             if found.holders > 0:
                 return
             del self._open[token]
+        found.leave()
         shutil.rmtree(found.folder, ignore_errors=True)
 
     def close_all(self) -> None:
