@@ -479,14 +479,7 @@ class InternLMXcomposer2Config(PretrainedConfig):
     @property
     def layout(self) -> PictureLayout:
         """What becomes of pictures."""
-        return PictureLayout(
-            tile=self.tile,
-            side=self.tokens_per_side,
-            tiling=self.tiling,
-            separators=self.image_separators,
-            hd_num=self.default_hd_num,
-            many_hd_num=self.many_images_hd_num,
-        )
+        return PictureLayout.of(self)
 
     def adapters_of(self, infer_mode: str) -> tuple[str, ...]:
         """See `InternLM2Config.adapters_of`."""

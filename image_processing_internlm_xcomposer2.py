@@ -79,14 +79,7 @@ class TileFields:
     @property
     def layout(self) -> PictureLayout:
         """What becomes of pictures."""
-        return PictureLayout(
-            tile=self.tile,
-            side=self.tokens_per_side,
-            tiling=self.tiling,
-            separators=self.image_separators,
-            hd_num=self.default_hd_num,
-            many_hd_num=self.many_images_hd_num,
-        )
+        return PictureLayout.of(self)
 
     def num_tokens(self, rows: int, cols: int) -> int:
         """Tokens of a picture of rows x cols tiles."""

@@ -425,6 +425,18 @@ class PictureLayout(NamedTuple):
     hd_num: int = ONE_IMAGE_HD_NUM
     many_hd_num: int = MANY_IMAGES_HD_NUM
 
+    @classmethod
+    def of(cls, fields: Any) -> PictureLayout:
+        """By the fields of a checkpoint's config or of a processor, which name them alike."""
+        return cls(
+            tile=fields.tile,
+            side=fields.tokens_per_side,
+            tiling=fields.tiling,
+            separators=fields.image_separators,
+            hd_num=fields.default_hd_num,
+            many_hd_num=fields.many_images_hd_num,
+        )
+
     def default_hd_num(self, num_pictures: int) -> int:
         """Most tiles of each picture in a conversation of num_pictures (videos count), unless the caller says."""
         return self.hd_num if num_pictures < 2 else self.many_hd_num
