@@ -102,17 +102,19 @@ def load_video(
     backend: str | None = None,
     timeout: float = URL_TIMEOUT,
     max_bytes: int = URL_MAX_BYTES,
+    tile: int | None = None,
 ) -> list[Image.Image] | tuple[list[Image.Image], list[float]]:
     """Frames of a video, RGB and upright: about fps a second from frame number start to end, num_frm at most.
 
     video_path: path, http(s) or data: address, or bytes; .gif too. Every round(rate / fps)-th frame is a candidate; of
     n candidates, where n > num_frm, number int(i * n / (num_frm + 1)) is kept for each i. end is exclusive; None, or
     past the last frame: up to the last frame. backend: a name of `DECODERS`, None for the first one installed.
-    return_timestamps: also the kept frames' times in seconds from the first frame of the video.
+    return_timestamps: also the kept frames' times in seconds from the first frame of the video. tile: frames come in
+    the size they will be stitched in.
     Raises FileNotFoundError, ImportError without a decoder, ValueError for a broken file or wrong numbers.
     """
     name, file = _open(video_path, timeout, max_bytes)
-    frames, times = read_video(file, name, _head(file), num_frm, start, end, fps, backend)
+    frames, times = read_video(file, name, _head(file), num_frm, start, end, fps, backend, tile)
     return (frames, times) if return_timestamps else frames
 
 

@@ -28,6 +28,15 @@ CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url")  # as in ch
 OF_PARTS = ("text_kwargs", "images_kwargs", "videos_kwargs")
 OF_CONFIG = ("bos_on_each_piece", "text_only_bos", "context_length")  # what a processor reads in `config.json`
 
+TEXT_OPTIONS = {  # the tokenizer's, where what is odd would fail below the library: what each may be beside None
+    "add_special_tokens": ("True or False", lambda value: isinstance(value, bool)),
+    "padding_side": ("left or right", lambda value: isinstance(value, str) and value in ("left", "right")),
+    "pad_to_multiple_of": (
+        "an integer of 0 or more",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    ),
+}
+
 
 class InternLMXComposer2ProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of a call, by what they concern; flat ones are taken too."""
@@ -272,6 +281,9 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if not texts:
             raise ValueError("0 texts; pass text=None for pictures alone")
         flat = {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        for name, (wanted, fits) in TEXT_OPTIONS.items():
+            if flat.get(name) is not None and not fits(flat[name]):
+                raise ValueError(f"{name} is {short(flat[name])}, but must be {wanted}")
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
                 raise ValueError(f"text[{index}] must be text, got {type(entry).__name__}")
@@ -279,8 +291,6 @@ class InternLMXComposer2Processor(ProcessorMixin):
                 check_text_length(entry, self.context_length or self.tokenizer.model_max_length, self.tokenizer)
         texts = [entry.replace(IMAGE_MARK, self.image_token) for entry in texts]
         adds_bos = flat.get("add_special_tokens", True)
-        if not isinstance(adds_bos, bool | None):
-            raise ValueError(f"add_special_tokens is {short(adds_bos)}, but must be True or False")
         if adds_bos and self.tokenizer.add_bos_token:  # the chat template's text begins with one
             texts = [entry.removeprefix(self.tokenizer.bos_token) for entry in texts]
         return texts

@@ -56,7 +56,15 @@ def as_metadata_list(metadata: Any, count: int) -> list[dict]:
     metadata = metadata if isinstance(metadata, list | tuple) else [metadata] * (count if metadata is None else 1)
     if len(metadata) != count:
         raise ValueError(f"video_metadata describes {len(metadata)} videos, but there are {count}; pass one for each")
-    return [{} if entry is None else {key: entry[key] for key in entry} for entry in metadata]
+    return [{} if entry is None else _as_mapping(entry) for entry in metadata]
+
+
+def _as_mapping(entry: Any) -> dict:
+    """transformers' `VideoMetadata` is read as a mapping, and is none."""
+    try:
+        return {key: entry[key] for key in entry}
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"video_metadata holds {short(entry)}; pass a mapping for each video, or None") from error
 
 
 class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
@@ -116,7 +124,7 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
         do_sample_frames: bool | None = None,
         video_metadata: Any = None,
     ) -> list[list[Image.Image]]:
-        """Each video's chosen frames; arguments as in `preprocess`."""
+        """Each video's chosen frames, a file's in the size they are stitched in; arguments as in `preprocess`."""
         num_frames = self.num_frames if num_frames is None else num_frames
         fps = self.fps if fps is None else fps
         sampled = self.do_sample_frames if do_sample_frames is None else do_sample_frames
@@ -124,7 +132,7 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
         for video, known in zip(videos, as_metadata_list(video_metadata, len(videos)), strict=True):
             if isinstance(video, str | os.PathLike | bytes | bytearray | memoryview):
                 most, rate = (sys.maxsize, float("inf")) if sampled is False else (num_frames, fps)
-                chosen.append(load_video(video, num_frm=most, fps=rate))
+                chosen.append(load_video(video, num_frm=most, fps=rate, tile=self.tile))
                 continue
             if isinstance(video, torch.Tensor):
                 video = video.cpu().numpy()
@@ -140,6 +148,8 @@ class InternLMXComposer2VideoProcessor(TileFields, BaseVideoProcessor):
     def _font(font: Any) -> Any:
         """A PIL font of `BAND` pixels, None for Pillow's own."""
         if not isinstance(font, str | os.PathLike):
+            if font is not None and not hasattr(font, "getmask"):  # what Pillow draws with
+                raise ValueError(f"font is {short(font)}; pass a PIL font, a font file, or a folder with one")
             return font
         if Path(font).is_dir():
             return get_font(BAND, font)

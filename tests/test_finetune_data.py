@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from xcomposer.finetune.data import Collator, Encoder, RowDataset, check_rows
 from xcomposer.finetune.formats import BadRow, Row, read_rows, row_of
 from xcomposer.finetune.training import GroupedSampler, answers_only
+from xcomposer.model.ixc_utils import BAND, get_font, load_media
 from xcomposer.model.prompting_internlm_xcomposer2 import chat_prompt
 
 DATA = REPO / "examples" / "data"
@@ -76,6 +77,16 @@ def test_pictures_in_the_order_of_their_places():
     row = row_of({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "so"}],
                   "images": [HOUSE], "videos": [CLIP]})  # fmt: skip
     assert row.media == [CLIP, HOUSE]
+
+
+def test_frames_shrink_as_they_are_read(encoder):
+    row = Row([("user", f"{MARK}What is it?"), ("assistant", "a ball")], [CLIP])
+    whole = load_media(CLIP)
+    (frames,) = encoder.open(row).pictures
+    assert len(frames) == len(whole)
+    assert all(small.width < big.width for small, big in zip(frames, whole, strict=True))
+    wanted, _ = encoder.layout.tiles([whole], 4, get_font(BAND, encoder.font_folder))
+    assert torch.equal(encoder(row)["pixel_values"], wanted)
 
 
 def test_an_answer_may_hold_html():

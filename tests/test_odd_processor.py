@@ -107,7 +107,7 @@ def words_of(given):
             yield from given[name]
 
 
-@pytest.mark.parametrize("family, words, calls", families(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("family, words, calls", list(families()), ids=lambda value: value if isinstance(value, str) else "")
 def test_odd_calls(processor, family, words, calls):
     def case(text, given):
         named = words or tuple(words_of(given))

@@ -278,6 +278,16 @@ def test_videos_are_stitched_and_come_in_every_form(processor, module):
     assert torch.equal(whole["pixel_values_videos"], tiles)
 
 
+def test_frames_shrink_as_they_are_read(processor, module):
+    """A video is never whole in memory: 4K frames weigh 25 MB each."""
+    video, utils = processor.video_processor, module("ixc_utils")
+    whole = utils.load_video(CLIP)
+    (frames,) = video.fetch_frames([CLIP])
+    wanted = [utils.shrink_frame(frame, video.tile) for frame in whole]
+    assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in wanted]
+    assert all(small.width < big.width for small, big in zip(frames, whole, strict=True))
+
+
 def test_frames_are_chosen_as_asked(processor, module):
     video, utils = processor.video_processor, module("ixc_utils")
     count = lambda clip=CLIP, **kwargs: len(video.fetch_frames([clip], **kwargs)[0])  # noqa: E731

@@ -84,7 +84,7 @@ class Encoder:
             raise ValueError("a pair of conversations among rows of single ones; train on them in a run of their own")
         pieces = place_images(self.text_of(row), len(row.media))
         hd_num = self.choose_hd_num(row)
-        pictures = [load_media(source, num_frm=self.num_frm) for source in row.media]
+        pictures = [load_media(source, num_frm=self.num_frm, tile=self.tile) for source in row.media]
         lengths = [self.layout.tokens(*self.layout.grid(picture, hd_num)) for picture in pictures]
         placeholders = [self.image_token_id] * len(lengths)
         prompt = tokenize_prompt(pieces, lengths, placeholders, self.tokenize, bos_on_text=self.bos_on_text)

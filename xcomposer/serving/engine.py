@@ -247,7 +247,7 @@ class Engine:
         files = [fetched[source] if source in fetched else read_source(source, self.rules) for source in sources]
         require_pixels(files, sources, self.rules)
         frames = request.extension("num_frm")
-        options = {} if frames is None else {"num_frm": frames}
+        options = {"tile": self.model.config.tile} | ({} if frames is None else {"num_frm": frames})
         pictures = []
         for file, source in zip(files, sources, strict=True):
             try:
