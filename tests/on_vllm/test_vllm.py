@@ -29,6 +29,7 @@ from xcomposer.checkpoints.merge import merge
 from xcomposer.serving.adapter_cache import exported
 
 pytest.importorskip("vllm", reason="runs in an environment of its own: make test-vllm")
+openai = pytest.importorskip("openai")  # vLLM brings it
 
 HERE = Path(__file__).parent
 CLIP = REPO / "examples" / "data" / "rolling_ball.mp4"
@@ -189,7 +190,7 @@ def test_merged_write_compiled_on_two_stages(tmp_path, checkpoint, media, transf
 
 # ------------------------------------------------------------------------------------------------------------ over HTTP
 
-PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+PLAIN = [str(Path(sys.executable).with_name("vllm")), "serve"]  # the command that users type
 SERVE = [sys.executable, "-m", "xcomposer.serving.vllm_server"]
 
 
@@ -252,16 +253,23 @@ def ask(server, content, model="chat", **fields):
 
 
 def test_http_plain_vllm(tmp_path, checkpoint, media, transformers_says):
-    """vLLM's own server on a released folder: no remote code, no overrides, no option of ours."""
-    with serving([*PLAIN, str(checkpoint), "--served-model-name=chat", *FLAGS], tmp_path / "log.txt") as server:
+    """`vllm serve FOLDER` on a released folder: no remote code, no overrides, no option of ours."""
+    with serving([*PLAIN, str(checkpoint), *FLAGS], tmp_path / "log.txt") as server:
+        client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+        (model,) = (model.id for model in client.models.list().data)
+        assert model == str(checkpoint)
         for name in (name for name in BODIES if name != "video"):
             content = content_of(BODIES[name], media[name]["images"])
-            assert ask(server, content) == (200, transformers_says["base", name])
+            assert ask(server, content, model) == (200, transformers_says["base", name])
+            reply = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=TOKENS
+            )
+            assert reply.usage.completion_tokens == TOKENS and reply.choices[0].message.content
         video = {"type": "video_url", "video_url": {"url": data_url(CLIP.read_bytes(), "video/mp4")}}
         question = {"type": "text", "text": "What happens?"}
-        assert ask(server, [video, question]) == (200, transformers_says["base", "clip"])
+        assert ask(server, [video, question], model) == (200, transformers_says["base", "clip"])
         end = AutoProcessor.from_pretrained(checkpoint).tokenizer.convert_tokens_to_ids(CLOSE)
-        assert ask(server, "Hello", logit_bias={str(end): 100}) == (200, [end])
+        assert ask(server, "Hello", model, logit_bias={str(end): 100}) == (200, [end])
 
 
 @pytest.fixture(scope="module")
