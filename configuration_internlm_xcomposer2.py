@@ -315,6 +315,12 @@ TEXT_FIELDS = (
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 
 MODEL_TYPE_SPELLINGS = ("internlm2", "internlm", "internlm2_xcomposer")
+# The classes that releases name, whatever their head, and the class of each head.
+ARCHITECTURE_SPELLINGS = ("InternLM2ForCausalLM", "InternLMXComposer2ForCausalLM")
+ARCHITECTURES = {
+    "vocabulary": "InternLMXComposer2ForCausalLM",
+    "score": "InternLMXComposer2ForSequenceClassification",
+}
 
 # CLIP ViT-L/14, the tower of every release; its `image_size` is the kind's.
 VISION_DEFAULTS = {
@@ -407,6 +413,8 @@ class InternLMXcomposer2Config(PretrainedConfig):
             if not _is_int(getattr(self, name), 0) or getattr(self, name) >= vocab_size:
                 raise ValueError(f"{name} ({getattr(self, name)}) lies outside the vocabulary of {vocab_size}")
 
+        if self.head == "score":  # one number, as it is: trainers and servers go by these two names
+            kwargs = {"num_labels": 1, "problem_type": "regression", **kwargs}
         flash = is_flash_attn_2_available() or is_kernels_available()  # the model sees whether a kernel can be loaded
         if kwargs.get("attn_implementation") == "flash_attention_2" and not flash:
             # Every release asks for it; a newcomer has nothing to do about it, and the tokens are the same.
@@ -455,8 +463,10 @@ class InternLMXcomposer2Config(PretrainedConfig):
                     cls(**copy.deepcopy(fields))
                 except ValueError as error:  # the weights tell more than the config's own check
                     raise ValueError(f"{error}; config.json contradicts the weights: {some(faults, 8)}") from error
-        if fields.get("architectures") == ["InternLM2ForCausalLM"]:  # vLLM would build that one
-            fields["architectures"] = ["InternLMXComposer2ForCausalLM"]
+        named = fields.get("architectures") or []
+        if len(named) == 1 and named[0] in ARCHITECTURE_SPELLINGS:  # vLLM builds what stands here
+            head = fields.get("head", kind_fields(kind_of(fields))["head"])
+            fields["architectures"] = [ARCHITECTURES.get(head, named[0])]
         if fields.get("model_type") in MODEL_TYPE_SPELLINGS:
             fields["model_type"] = cls.model_type
         return fields, kwargs

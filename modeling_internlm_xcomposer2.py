@@ -371,6 +371,13 @@ class InternLMXComposer2WithHead(InternLMXComposer2PreTrainedModel):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
 
+def score_class() -> type[PreTrainedModel]:
+    """The class of checkpoints with a score head; its module needs this one."""
+    from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification
+
+    return InternLMXComposer2ForSequenceClassification
+
+
 @refuse_methods_of_other_heads("vocabulary")
 class InternLMXComposer2ForCausalLM(
     TaskAdapterMixin, ChatMixin, ReleaseClientsMixin, PrefillMixin, InternLMXComposer2WithHead, GenerationMixin
@@ -394,10 +401,15 @@ class InternLMXComposer2ForCausalLM(
             task_adapters: see `TaskAdapterMixin.from_pretrained`.
         """
         if getattr(config, "head", None) == "score":
-            from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification as with_score
-
-            return with_score.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            return score_class().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """What `from_config` of the Auto classes calls; as `from_pretrained`, the class of the config's head."""
+        if config.head == "score":
+            return score_class()._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -20,7 +20,15 @@ from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImagesKwargs, as_rows, config_of, first_given
-from .prompting_internlm_xcomposer2 import IGNORE_INDEX, IMAGE_MARK, SYSTEM_TEXTS, TURN_CLOSE, check_text_length, short
+from .prompting_internlm_xcomposer2 import (
+    IGNORE_INDEX,
+    IMAGE_MARK,
+    SCORE_TOKEN,
+    SYSTEM_TEXTS,
+    TURN_CLOSE,
+    check_text_length,
+    short,
+)
 from .remote_code_internlm_xcomposer2 import attach_to_package
 from .video_processing_internlm_xcomposer2 import InternLMXComposer2VideosKwargs, as_video_list, is_frame_list
 
@@ -153,7 +161,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
         """The library's, and what the checkpoint's `config.json` says of prompts.
 
-        A release has no chat template, and gets the one beside this file; a kind's own system turn goes into it.
+        A release has no chat template, and gets the one beside this file; a kind's own system turn goes into it, and
+        the token that a score is read at.
         """
         config = config_of(pretrained_model_name_or_path, **kwargs)
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -163,10 +172,16 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if config is not None:
             of_config = {name: getattr(config, name) for name in OF_CONFIG}
             fields = {**of_config, **fields}
-            system, written = SYSTEM_TEXTS[config.default_system], fields.get("chat_template")
-            if system and isinstance(written, str) and "set default_system" not in written:
-                line = f"{{%- set default_system = {json.dumps(system, ensure_ascii=False)} %}}\n"
-                fields["chat_template"] = line + written
+            told = {
+                "default_system": SYSTEM_TEXTS[config.default_system],
+                "score_token": SCORE_TOKEN if config.head == "score" else None,
+            }
+            written = fields.get("chat_template")
+            for name, text in told.items():
+                if text and isinstance(written, str) and f"set {name}" not in written:
+                    written = f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n{written}"
+            if written is not None:
+                fields["chat_template"] = written
         return fields, kwargs
 
     def check_argument_for_proper_class(self, argument_name, argument):
@@ -296,9 +311,13 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return texts
 
     def _with_bos(self, text: str, **kwargs) -> str:
-        """The text with the BOS that the kind's chat has beside the tokenizer's own in front."""
+        """The text with the BOS that the kind's chat has beside the one in front.
+
+        That one is the tokenizer's, or a chat template has written it: `apply_chat_template(tokenize=True)` then asks
+        for no special tokens.
+        """
         adds_bos = {**kwargs, **(kwargs.get("text_kwargs") or {})}.get("add_special_tokens", True)
-        if not adds_bos or not self.tokenizer.add_bos_token:
+        if not (adds_bos and self.tokenizer.add_bos_token) and not text.startswith(self.tokenizer.bos_token):
             return text
         slots = "|".join(map(re.escape, (self.image_token, self.video_token)))
         if not re.search(slots, text):

@@ -6,6 +6,7 @@ head reads. Nothing is generated.
 Legend: B conversations, T tokens, D decoder width.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -73,9 +74,17 @@ class InternLMXComposer2ForSequenceClassification(ConversationMixin, ReleaseClie
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
-        config.num_labels, self.num_labels = 1, 1
+        config.head, config.num_labels, config.problem_type = "score", 1, "regression"
+        self.num_labels = config.num_labels
         self.score = nn.Linear(config.text_config.hidden_size, 1, bias=False)
         self.post_init()
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """A new model of a config of either head, without task adapters; the config given stays as it is."""
+        config = copy.deepcopy(config)
+        config.head, config.task_adapter_ranks = "score", {}
+        return super()._from_config(config, **kwargs)
 
     @classmethod
     def from_pretrained(

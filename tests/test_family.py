@@ -1,23 +1,18 @@
-"""The siblings of 2.5: their recorded outputs, and that every part of the code takes every kind or says why not."""
+"""The siblings of 2.5: their recorded outputs (test_kinds.py has what every kind must do)."""
 
 import hashlib
 import json
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from conftest import BOS_ID, CLOSE, CLOSE_ID, GOLDEN, MARK, OPEN, RecordedTokenizer, load
 from PIL import Image, ImageDraw
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from xcomposer.checkpoints import adopt, inspect, merge, tiny
-from xcomposer.finetune.data import Collator, Encoder
-from xcomposer.finetune.formats import Row
+from xcomposer.checkpoints import tiny
 from xcomposer.model import ixc_utils as pictures
-from xcomposer.model.kinds_internlm_xcomposer2 import KINDS as KIND_ROWS
 from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Model
-from xcomposer.model.prompting_internlm_xcomposer2 import SYSTEM_TEXTS, chat_prompt
+from xcomposer.model.prompting_internlm_xcomposer2 import SYSTEM_TEXTS
 
 FAMILY = GOLDEN / "family"
 SCALE = 1e-4  # of the greatest absolute value
@@ -203,77 +198,6 @@ def test_transforms(folder, case):
     assert hashlib.sha256(made.tobytes()).hexdigest() == case["out"]["sha256"]
 
 
-# The kinds, each as a tiny checkpoint whose config.json says as little as a release's.
-
-IMAGE = object()
-KINDS = list(tiny.OF_KIND)
-CHATTING = [kind for kind in KINDS if kind != "xcomposer2d5-reward"]
-
-
-@pytest.fixture(scope="module")
-def kind_folder(tmp_path_factory):
-    made = {}
-
-    def folder_of(kind, **options):
-        key = kind, json.dumps(options)
-        if key not in made:
-            out = tmp_path_factory.mktemp(kind.replace("-", "_")) / f"{kind} v1.0"
-            made[key] = tiny.write_checkpoint(out, kind=kind, **options)
-        return made[key]
-
-    return folder_of
-
-
-@cache
-def loaded(folder):
-    model = load(folder)
-    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    return model
-
-
-@cache
-def processor_of(folder):
-    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-
-
-def linked(target, source):
-    """A link to `source`, unless saving has put the code there."""
-    if not target.exists():
-        target.symlink_to(source)
-
-
-@pytest.mark.parametrize("fmt", ["safetensors", "bin"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_is_recognised_from_config_and_weights(kind_folder, kind, fmt):
-    folder = kind_folder(kind, fmt=fmt, shards=2)
-    assert "kind" not in json.loads((folder / "config.json").read_text())
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert config.kind == kind and KIND_ROWS[kind].title.startswith("InternLM-XComposer")
-    assert bool(config.task_adapter_ranks) == (kind == "xcomposer2d5")
-    assert config.head == ("score" if kind == "xcomposer2d5-reward" else "vocabulary")
-    again = type(config).from_dict(json.loads(config.to_json_string()))
-    where = {"_name_or_path": None}  # remote code keeps it, the package does not
-    assert again.to_dict() | where == config.to_dict() | where
-
-
-@pytest.mark.parametrize("kind", CHATTING)
-def test_a_kind_loads_saves_and_chats(kind_folder, tmp_path, kind):
-    folder = kind_folder(kind)
-    model = load(folder)
-    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    picture = FAMILY / "xc2vl" / "images" / "small_90x60.png"
-    settings = {"do_sample": False, "max_new_tokens": 5}
-    answer = model.chat(None, f"{MARK}Look.", picture, **settings)[0]
-    assert list(model.stream_chat(None, f"{MARK}Look.", picture, **settings))[-1][0] == answer
-    queries, pictures_of = ["What is a tile?", f"{MARK}Look."], [None, picture]
-    assert model.batch_chat(None, queries, pictures_of, **settings)[0][1] == answer
-    model.save_pretrained(tmp_path / "saved")
-    for source in folder.glob("*.py"):
-        linked(tmp_path / "saved" / source.name, source)
-    again = load(tmp_path / "saved")
-    assert again.config.kind == kind and again.chat(model.tokenizer, f"{MARK}Look.", picture, **settings)[0] == answer
-
-
 def test_reward_embeds_pictures_and_leaves_the_head_to_its_class(family_folder):
     folder = family_folder("reward")
     with pytest.raises(ValueError, match="lacks 1 tensor: output.weight; it has score.weight in its place"):
@@ -287,74 +211,3 @@ def test_reward_embeds_pictures_and_leaves_the_head_to_its_class(family_folder):
         with torch.no_grad():
             embeds = model.get_image_features(tiles, grids, return_dict=True).pooler_output[0]
         assert close(embeds, expected[name]), name
-
-
-TURNS = [  # pictures, chat items
-    ("one picture", 1, [("user", [IMAGE, "Describe this image in detail."])]),
-    ("two pictures", 2, [("user", [IMAGE, " ", IMAGE, "x"])]),
-    ("text", 0, [("user", ["What is a tile?"])]),
-    ("history", 1, [("user", [IMAGE, "Look."]), ("assistant", ["A tile."]), ("user", ["And now?"])]),
-]
-
-
-@pytest.mark.parametrize(("name", "count", "turns"), TURNS, ids=[turn[0] for turn in TURNS])
-@pytest.mark.parametrize("kind", CHATTING)
-def test_the_processor_makes_the_prompt_of_chat(kind_folder, kind, name, count, turns):
-    folder = kind_folder(kind)
-    processor, model = processor_of(folder), loaded(folder)
-    names = ("xc2vl/images/small_90x60.png", "xc2/images/small_33x150.png")
-    opened = [Image.open(FAMILY / name) for name in names[:count]]
-    items = [
-        {"role": role, "content": [{"type": "image"} if i is IMAGE else {"type": "text", "text": i} for i in content]}
-        for role, content in turns
-    ]
-    text = processor.apply_chat_template(items, add_generation_prompt=True)
-    inputs = processor(text=text, images=opened or None, return_tensors="pt")
-    spoken = ["".join(MARK if item is IMAGE else item for item in content) for _, content in turns]
-    history = list(zip(spoken[0:-1:2], spoken[1:-1:2], strict=True))
-    prompt = chat_prompt(spoken[-1], history, model._system(False, None))
-    conversation = model._open(model.tokenizer, prompt, opened, None)
-    assert inputs["input_ids"][0].tolist() == conversation.prompt.input_ids
-    if count:
-        tiles, grids = model.config.layout.tiles(opened, conversation.hd_num)
-        assert torch.equal(inputs["pixel_values"], tiles) and torch.equal(inputs["image_grid_thw"], grids)
-        with torch.no_grad():
-            assert model(**inputs, logits_to_keep=1).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", ["xcomposer2", "xcomposer2-vl"])
-def test_a_kind_of_one_tile_takes_no_video(kind_folder, kind):
-    frames = [Image.new("RGB", (64, 48))] * 3
-    with pytest.raises(ValueError, match="a video of 3 frames .* pass frames as pictures"):
-        loaded(kind_folder(kind)).chat(None, f"{MARK}x", [frames])
-    with pytest.raises(ValueError, match="a video of 3 frames"):
-        processor_of(kind_folder(kind)).video_processor([frames])
-
-
-@pytest.mark.parametrize("kind", CHATTING)
-def test_a_training_row_of_a_kind(kind_folder, kind):
-    """BOS on the first piece alone, whatever the chat of the kind does, and as many image tokens as chat has."""
-    model = loaded(kind_folder(kind))
-    encoder = Encoder(model.config, model.tokenizer)
-    picture = str(FAMILY / "xc2vl" / "images" / "small_90x60.png")
-    row = encoder(Row([("user", f"{MARK}Look."), ("assistant", "A tile.")], [picture]))
-    assert row["input_ids"].count(BOS_ID) == 1
-    batch = Collator(encoder)([row])
-    assert model(**batch).loss.isfinite()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adopt_inspect_and_merge_take_a_kind(tmp_path, capsys, kind):
-    folder = tiny.write_checkpoint(tmp_path / "release v1.0", kind=kind, code="none", fmt="bin", shards=2)
-    assert inspect.main([str(folder)]) == 0 and KIND_ROWS[kind].title in capsys.readouterr().out
-    assert adopt.main([str(folder)]) == 0
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert config.kind == kind and KIND_ROWS[kind].title in capsys.readouterr().out
-    if kind not in ("xcomposer2d5", "xcomposer2d5-reward"):
-        model = loaded(folder)
-        assert isinstance(model.chat(None, "What is a tile?", do_sample=False, max_new_tokens=3)[0], str)
-        with pytest.raises(ValueError, match="this checkpoint lacks .* as InternLM-XComposer-2.5 does"):
-            model.write_webpage("A page", output_path=None)
-    if kind != "xcomposer2d5":
-        assert merge.main([str(folder), str(tmp_path / "merged"), "--task", "web"]) == 1
-        assert "it has none" in capsys.readouterr().err

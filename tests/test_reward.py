@@ -1,5 +1,6 @@
 """The model with a score head: recorded scores, batches, refusals, and how it is loaded."""
 
+import copy
 import json
 import shutil
 import sys
@@ -7,7 +8,13 @@ import sys
 import pytest
 import torch
 from conftest import BOS_ID, CLOSE, GOLDEN, MARK, OPEN, Encoding, load
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from xcomposer.checkpoints import tiny
@@ -254,3 +261,33 @@ def test_a_new_head_is_asked_for(tiny_checkpoint, tiny_tokenizer, folder):
     assert not any(".task_" in name for name, _ in begun.named_parameters())
     trained = AutoModelForSequenceClassification.from_pretrained(folder, new_head=True, **options)
     assert trained.score.weight.any()
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_new_model_of_its_config_has_its_head(model, auto):
+    made = auto.from_config(copy.deepcopy(model.config), trust_remote_code=True)
+    assert type(made).__name__ == type(model).__name__ and made.config.kind == model.config.kind
+    assert {name: p.shape for name, p in made.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_a_new_score_head_of_a_chat_config(tiny_model):
+    config = copy.deepcopy(tiny_model.config)
+    made = AutoModelForSequenceClassification.from_config(config, trust_remote_code=True)
+    assert made.score.weight.shape == (1, config.text_config.hidden_size) and made.config.head == "score"
+    assert not any(".task_" in name for name, _ in made.named_parameters())
+    assert config.head == "vocabulary" and config.task_adapter_ranks == tiny_model.config.task_adapter_ranks
+    assert type(AutoModel.from_config(config, trust_remote_code=True)).__name__ == type(tiny_model).__name__
+
+
+@pytest.mark.parametrize("items", [["What is a tile?"], [None, "Look."], ["First ", None, ", second ", None, "."]])
+def test_the_processor_lays_a_conversation_out_as_get_score_does(folder, model, items):
+    """By the chat template, which ends with the token that is read; TRL and servers go this way."""
+    content = [{"type": "text", "text": item} if item else {"type": "image", "path": PICTURE} for item in items]
+    talk = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "A."}]}]
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt")
+    asked = "".join(item or MARK for item in items)
+    plain = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A."}]
+    with torch.no_grad():
+        score = model(**inputs).logits.item()
+    assert score == pytest.approx(model.get_score(plain, [PICTURE] * items.count(None)), abs=1e-5)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from xcomposer import CHECKOUT
 from xcomposer.machine import quiet_imports
@@ -20,6 +20,10 @@ DATA = CHECKOUT / "examples" / "data"
 DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or (CHECKOUT / "demo" if (CHECKOUT / "demo").is_dir() else "demo"))
 EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)  # bad input, missing decoder, memory full
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SCORES = (
+    "it has a score head, which rates conversations and answers none. AutoModel gives it with get_score, "
+    "examples/best_of_n.py shows it beside a model that chats, and xcomposer serve on vLLM serves it"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,7 +59,7 @@ def load(args: argparse.Namespace):
     """(model, tokenizer) as the arguments say; tells in one line on stderr what runs where.
 
     Raises:
-        SystemExit: no such model folder, card or package; says what to do.
+        SystemExit: no such model folder, card or package, or a model that does not chat; says what to do.
     """
     check_folder(args.model)
     devices = pick_devices(args.num_gpus, args.device)
@@ -67,6 +71,8 @@ def load(args: argparse.Namespace):
     with quiet_imports():
         import xcomposer.model.modeling_internlm_xcomposer2  # noqa: F401
     try:
+        if AutoConfig.from_pretrained(args.model).head == "score":
+            raise ValueError(SCORES)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModel.from_pretrained(args.model, dtype=dtype, **placing).eval()
     except (OSError, ValueError) as error:  # no such hub id, or a checkpoint that is not whole

@@ -4,25 +4,37 @@ Runs where vLLM is installed (`make test-vllm`), and is skipped elsewhere. (The 
 `tests/`, that would be a package of this name to whoever looks for one.)
 """
 
-import base64
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLOSE, OPEN, REPO
+from conftest import CLOSE, REPO
 from PIL import Image
 from released import write_released
+from running import (
+    FLAGS,
+    IMAGE,
+    LENGTH,
+    PLAIN,
+    SERVE,
+    SIZES,
+    TOKENS,
+    VIDEO,
+    ask,
+    content_of,
+    data_url,
+    image_item,
+    noise,
+    prompt_of,
+    run_engine,
+    serving,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from xcomposer.checkpoints.merge import merge
@@ -31,16 +43,7 @@ from xcomposer.serving.adapter_cache import exported
 pytest.importorskip("vllm", reason="runs in an environment of its own: make test-vllm")
 openai = pytest.importorskip("openai")  # vLLM brings it
 
-HERE = Path(__file__).parent
 CLIP = REPO / "examples" / "data" / "rolling_ball.mp4"
-TOKENS = 12
-LENGTH = 2048
-# Heads of 32, the smallest that vLLM's CPU kernels take; four layers, so that two stages have some each.
-SIZES = {
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
-    "num_hidden_layers": 4, "max_position_embeddings": LENGTH,
-}  # fmt: skip
-IMAGE, VIDEO = "[UNUSED_TOKEN_140]", "[UNUSED_TOKEN_139]"
 BODIES = {
     "text": "Describe this image in detail.",
     "image": f"{IMAGE}What is written on the sign?",
@@ -49,18 +52,7 @@ BODIES = {
     "video": f"{VIDEO}What happens?",
 }
 MODES = ("base", "web", "write")
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-OPTIONS = {"dtype": "float32", "max_num_seqs": 16, "gpu_memory_utilization": 0.05, "enforce_eager": True}
-FLAGS = ["--host=127.0.0.1", "--dtype=float32", "--gpu-memory-utilization=0.05", "--enforce-eager"]
-
-
-def noise(seed, *shape):
-    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
-
-
-def prompt_of(body):
-    return f"{OPEN}user\n{body}{CLOSE}\n{OPEN}assistant\n"
 
 
 def released(out, length):
@@ -138,17 +130,8 @@ def generate(tmp_path, media, model, loras=(None,), environment=None, **options)
     requests = [
         {"prompt": prompt_of(body), **media[name], "lora": lora} for lora in loras for name, body in BODIES.items()
     ]
-    job = tmp_path / "job.json"
-    options = {**OPTIONS, "model": str(model), "limit_mm_per_prompt": {"image": 2, "video": 1}, **options}
-    job.write_text(json.dumps({"options": options, "requests": requests, "tokens": TOKENS}), encoding="utf-8")
-    command = [sys.executable, str(HERE / "engine.py"), str(job)]
-    environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
-    log = tmp_path / "log.txt"
-    with log.open("w") as out:
-        done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=900)
-    said = log.read_text("utf-8")
-    assert done.returncode == 0, said[-6000:]
-    return {**json.loads(job.read_text("utf-8")), "log": said}
+    options = {"model": str(model), "limit_mm_per_prompt": {"image": 2, "video": 1}, **options}
+    return run_engine(tmp_path, requests, environment, **options)
 
 
 def expected(transformers_says, *modes):
@@ -189,67 +172,6 @@ def test_merged_write_compiled_on_two_stages(tmp_path, checkpoint, media, transf
 
 
 # ------------------------------------------------------------------------------------------------------------ over HTTP
-
-PLAIN = [str(Path(sys.executable).with_name("vllm")), "serve"]  # the command that users type
-SERVE = [sys.executable, "-m", "xcomposer.serving.vllm_server"]
-
-
-@contextmanager
-def serving(command, log):
-    """Address of a server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, f"--port={port}"], env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text("utf-8")[-6000:]
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def data_url(content, kind):
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def image_item(file):
-    return {"type": "image_url", "image_url": {"url": data_url(Path(file).read_bytes(), "image/png")}}
-
-
-def content_of(body, images):
-    """The items of a message: the body's text, cut at its pictures' places."""
-    content = []
-    for number, piece in enumerate(body.split(IMAGE)):
-        content += [image_item(images[number - 1])] if number else []
-        content += [{"type": "text", "text": piece}] if piece else []
-    return content
-
-
-def ask(server, content, model="chat", **fields):
-    """Status and token ids, or status and message."""
-    body = {
-        "model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": TOKENS,
-        "return_token_ids": True, **fields,
-    }  # fmt: skip
-    request = urllib.request.Request(
-        f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            return reply.status, json.load(reply)["choices"][0]["token_ids"]
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
 
 
 def test_http_plain_vllm(tmp_path, checkpoint, media, transformers_says):
@@ -327,20 +249,42 @@ def test_bos_of_the_older_kinds(ids, expected):
     assert begin_pieces(ids, (90, 91), 1) == expected
 
 
-def test_the_plug_in_may_be_called_again_and_leaves_other_models_alone():
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    "ids, media, wanted, expected",
+    [
+        ([1, 5], {}, 2, [1, 1, 5]),
+        ([1, 1, 5], {}, 2, [1, 1, 5]),
+        ([1, 5], {"image": [object()]}, 2, [1, 5]),
+        ([1, 5], {"image": []}, 2, [1, 1, 5]),
+        ([5, 1], {}, 2, [5, 1]),
+        ([1, 5], {}, 1, [1, 5]),
+        ([1], {}, 2, [1, 1]),
+    ],
+)
+def test_bos_of_texts_without_pictures(ids, media, wanted, expected):
+    from xcomposer.serving.plugin import begin_text
 
+    config = SimpleNamespace(hf_config=SimpleNamespace(text_only_bos=wanted))
+    renderer = SimpleNamespace(model_config=config, get_bos_token_id=lambda: 1)
+    prompt = {"prompt": "x", "multi_modal_data": media}
+    tokens = begin_text(renderer, lambda *_: {**prompt, "prompt_token_ids": ids}, prompt, None)
+    assert tokens == {**prompt, "prompt_token_ids": expected}
+
+
+def test_the_plug_in_may_be_called_again_and_leaves_other_models_alone():
     from vllm import ModelRegistry
-    from vllm.config import ModelConfig
 
     from xcomposer.serving import plugin
 
     plugin.register()
-    methods = {name: getattr(ModelConfig, name) for name in plugin.METHODS}
+
+    def extended():
+        return [getattr(resolve_name(place), name) for place, names in plugin.METHODS.items() for name in names]
+
+    methods = extended()
     plugin.register()
-    assert methods == {name: getattr(ModelConfig, name) for name in plugin.METHODS}
-    assert all(not hasattr(method.__wrapped__, "__wrapped__") for method in methods.values())
-    assert plugin.ARCHITECTURE in ModelRegistry.get_supported_archs()
+    assert methods == extended() and all(not hasattr(method.__wrapped__, "__wrapped__") for method in methods)
+    assert set(plugin.MODEL_CLASSES) <= set(ModelRegistry.get_supported_archs())
     seen = []
 
     class Config:

@@ -3,11 +3,13 @@
 vLLM calls `register` in each of its processes. After it, a checkpoint of this family needs neither remote code nor
 options: the Auto classes know it (`import xcomposer`), its architecture has a class, its turns end where a turn ends,
 videos give the frames that `chat` takes, and prompts beyond `max_position_embeddings` give the tokens that transformers
-gives. Models of other families are left alone.
+gives. A checkpoint with a score head is a classifier: `/classify` and `/pooling` give the scores of `get_score`. Models
+of other families are left alone.
 """
 
 import functools
 import logging
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +18,11 @@ from xcomposer.family import MODEL_TYPE
 
 logger = logging.getLogger("vllm.xcomposer")  # below vLLM's own logger, whose handler prints it
 
-ARCHITECTURE = "InternLMXComposer2ForCausalLM"
-MODEL_CLASS = "xcomposer.serving.vllm_model:XComposerForCausalLM"  # by name: importing it may start CUDA
+# Architecture -> its class, by name: importing it may start CUDA.
+MODEL_CLASSES = {
+    "InternLMXComposer2ForCausalLM": "xcomposer.serving.vllm_model:XComposerForCausalLM",
+    "InternLMXComposer2ForSequenceClassification": "xcomposer.serving.vllm_model:XComposerForSequenceClassification",
+}
 VIDEO_BACKEND = "internlm_xcomposer2"
 TURN_END = "[UNUSED_TOKEN_145]"
 
@@ -47,24 +52,44 @@ def end_turns(self: Any, library: Callable) -> dict[str, Any]:
     return {**fields, "eos_token_id": list(dict.fromkeys(stops))}
 
 
-# Methods of vLLM's ModelConfig, and what they do for this family; vLLM has no hook where these are decided.
-METHODS: dict[str, Callable] = {"get_and_verify_max_len": allow_any_length, "try_get_generation_config": end_turns}
+def begin_text(self: Any, library: Callable, prompt: Any, params: Any) -> Any:
+    """A text's tokens; one without pictures begins with as many BOS as the chat of its kind has there."""
+    tokens = library(self, prompt, params)
+    ids, bos = tokens["prompt_token_ids"], self.get_bos_token_id()
+    media = (prompt.get("multi_modal_data") or {}).values()
+    has_media = any(value is not None and not (isinstance(value, list) and not value) for value in media)
+    if has_media or ids[:1] != [bos]:
+        return tokens
+    begun = next((at for at, token in enumerate(ids) if token != bos), len(ids))
+    missing = self.model_config.hf_config.text_only_bos - begun
+    return {**tokens, "prompt_token_ids": [bos] * max(missing, 0) + ids}
 
 
-def extend(model_config_class: type, name: str, ours: Callable) -> None:
+# Methods of vLLM's classes, and what they do for this family; vLLM has no hook where these are decided.
+METHODS: dict[str, dict[str, Callable]] = {
+    "vllm.config:ModelConfig": {
+        "get_and_verify_max_len": allow_any_length,
+        "try_get_generation_config": end_turns,
+    },
+    "vllm.renderers:BaseRenderer": {"_tokenize_prompt": begin_text},
+}
+
+
+def extend(cls: type, name: str, ours: Callable) -> None:
     """Let a method do `ours(self, library's method, ...)` for models of this family; once."""
-    library = getattr(model_config_class, name)
+    library = getattr(cls, name)
     if getattr(library, "extended_by", None) == __name__:
         return
 
     @functools.wraps(library)
     def method(self, *args, **kwargs):
-        if self.hf_config.model_type == MODEL_TYPE:
+        hf_config = self.hf_config if hasattr(self, "hf_config") else self.model_config.hf_config
+        if hf_config.model_type == MODEL_TYPE:
             return ours(self, library, *args, **kwargs)
         return library(self, *args, **kwargs)
 
     method.extended_by = __name__  # type: ignore[attr-defined]
-    setattr(model_config_class, name, method)
+    setattr(cls, name, method)
 
 
 class ConfigUpdates:
@@ -109,11 +134,12 @@ def register_video_backend() -> None:
 def register() -> None:
     """Make vLLM run this family's models; called by vLLM in each of its processes, and harmless when called again."""
     from vllm import ModelRegistry
-    from vllm.config import ModelConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
-    MODELS_CONFIG_MAP[ARCHITECTURE] = ConfigUpdates
-    for name, ours in METHODS.items():
-        extend(ModelConfig, name, ours)
+    for architecture, model_class in MODEL_CLASSES.items():
+        ModelRegistry.register_model(architecture, model_class)
+        MODELS_CONFIG_MAP[architecture] = ConfigUpdates
+    for place, methods in METHODS.items():
+        for name, ours in methods.items():
+            extend(pkgutil.resolve_name(place), name, ours)
     register_video_backend()

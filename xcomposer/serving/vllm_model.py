@@ -7,17 +7,21 @@ decoder through M-RoPE positions (`InternLMXComposer2Model.get_rope_index`). Reg
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import zip_longest
 
 from transformers import AutoModel
 from vllm.inputs import MultiModalInput
+from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.models.transformers import (
     CausalMixin,
     MultiModalDummyInputsBuilder,
     MultiModalMixin,
     MultiModalProcessingInfo,
     MultiModalProcessor,
+    SequenceClassificationMixin,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
@@ -43,6 +47,11 @@ def auto_model_without_head() -> Iterator[None]:
 
 class ProcessingInfo(MultiModalProcessingInfo):
     """vLLM's, with room for the longest video: its own search for it ends at 16 frames."""
+
+    @cached_property
+    def _is_video_model(self) -> bool:
+        """Whether videos are taken: they become pictures of several tiles, which some kinds have not."""
+        return self.get_hf_processor().video_processor.layout.tiling != "none" and super()._is_video_model
 
     def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
         """Most frames a video keeps, or as many as a sequence has room for."""
@@ -85,9 +94,8 @@ class Processor(MultiModalProcessor):
         return super().apply(inputs, timing_ctx)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder)
-class XComposerForCausalLM(MultiModalMixin, CausalMixin):
-    """Text, pictures and videos in, text out; task adapters are served beside it, as LoRA modules."""
+class XComposerMixin:
+    """What both classes below share: how vLLM builds the model under the head."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         with auto_model_without_head():
@@ -97,3 +105,27 @@ class XComposerForCausalLM(MultiModalMixin, CausalMixin):
         """vLLM's changes to the config, and none of the checkpoint's task adapters, which it could not switch."""
         super()._patch_config()
         self.text_config.task_adapter_ranks = {}
+
+
+with_processor = MULTIMODAL_REGISTRY.register_processor(
+    Processor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+
+
+@with_processor
+class XComposerForCausalLM(XComposerMixin, MultiModalMixin, CausalMixin):
+    """Text, pictures and videos in, text out; task adapters are served beside it, as LoRA modules."""
+
+
+@with_processor
+class XComposerForSequenceClassification(XComposerMixin, SequenceClassificationMixin, MultiModalMixin):
+    """A conversation in, its score out: read at the last token, as it is, without a sigmoid."""
+
+    default_seq_pooling_type = "LAST"
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # vLLM's classifier expects tokens (B, 1, D), as heads of encoders do; `score` has one number a row.
+        pooler_config = vllm_config.model_config.pooler_config
+        self.pooler = DispatchPooler.for_seq_cls(pooler_config, classifier=lambda rows: self.classifier(rows)[:, 0])
+        self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_prefix={"score.": "classifier."})

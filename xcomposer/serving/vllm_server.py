@@ -5,7 +5,8 @@
     xcomposer serve FOLDER --show        # the `vllm serve` command alone
 
 One server offers the models chat, web and write: the task adapters inside the checkpoint, as LoRA modules (kept in a
-cache, see `adapter_cache`). `vllm serve FOLDER` alone does for chat; the plug-in (`plugin`) is what makes either run.
+cache, see `adapter_cache`). `vllm serve FOLDER` alone does for chat; the plug-in (`plugin`) is what makes either run. A
+checkpoint with a score head is offered as score: /classify and /pooling take its conversations as "messages".
 
 Pictures get the tiles that `chat` gives them, 24 or 6 each where there are several; `--mm-processor-kwargs
 '{"hd_num": 36}'` changes that, for one request too under `--trust-request-mm-kwargs`. vLLM's `repetition_penalty`
@@ -24,6 +25,7 @@ from pathlib import Path
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 NAME = "chat"  # of the model without an adapter
+SCORES = "score"  # of one that rates conversations: vLLM's /classify and /pooling
 
 
 def local_folder(model: str) -> Path:
@@ -107,11 +109,14 @@ def serve_command(model: str, adapters: Sequence[str] = (), more: Sequence[str] 
     """
     from vllm.platforms import current_platform
 
+    from xcomposer.model.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+
     source = local_folder(model)
     modules = {**task_adapters(source), **given_adapters(adapters)}
+    name = SCORES if InternLMXcomposer2Config.from_pretrained(source).head == "score" else NAME
     # On a CPU, vLLM gives requests without an adapter the last slot's: leave that one empty.
     options = adapter_options(modules, spare=current_platform.is_cpu())
-    return ["serve", str(source), "--served-model-name", NAME, model, *options, *more]
+    return ["serve", str(source), "--served-model-name", name, model, *options, *more]
 
 
 def check_plugin() -> None:
