@@ -116,6 +116,15 @@ def _linear(stem: str, tensors: Mapping[str, Any], group_size: int | None) -> Pa
     return PackedLinear(layout, parts, (out, width), tensors[parts["scales"]].dtype, groups)
 
 
+def other_packing(settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's packing, by what it says of it, before any weight is seen."""
+    bits = settings.get("bits", settings.get("w_bit", BITS))
+    version = settings.get("checkpoint_format") or settings.get("version") or "gptq"
+    if bits == BITS and version in ("gptq", "gemm"):
+        return []
+    return [f"the weights are packed in {bits} bits ({version}); this code reads 4 bits of gptq and gemm"]
+
+
 def packed_linears(
     tensors: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[dict[str, PackedLinear], list[str]]:
@@ -128,10 +137,8 @@ def packed_linears(
     stems = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not stems:
         return {}, []
-    bits = settings.get("bits", settings.get("w_bit", BITS))
-    version = settings.get("checkpoint_format") or settings.get("version") or "gptq"
-    if bits != BITS or version not in ("gptq", "gemm"):
-        return {}, [f"the weights are packed in {bits} bits ({version}); this code reads 4 bits of gptq and gemm"]
+    if faults := other_packing(settings):
+        return {}, faults
     group_size = settings.get("group_size", settings.get("q_group_size"))
     found = {f"{stem}.weight": _linear(stem, tensors, group_size) for stem in stems}
     linears = {name: linear for name, linear in found.items() if isinstance(linear, PackedLinear)}

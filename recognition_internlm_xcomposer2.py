@@ -4,7 +4,6 @@ Releases leave much out of `config.json`, and some kinds differ in their weights
 """
 
 import copy
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,9 +17,22 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils.hub import cached_files
 
 from .kinds_internlm_xcomposer2 import kind_of, kind_text_fields
-from .weight_files_internlm_xcomposer2 import Misfit, NoWeights, Stored, WeightFiles, count, read_json, some
+from .packed_weights_internlm_xcomposer2 import BITS, other_packing
+from .weight_files_internlm_xcomposer2 import (
+    LAYOUTS,
+    PACKED_SETTINGS,
+    Misfit,
+    NoWeights,
+    Stored,
+    WeightFiles,
+    count,
+    names_looked_for,
+    read_json,
+    some,
+)
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
 RENAMINGS = [
@@ -157,7 +169,8 @@ def rank_facts(tensors: Tensors) -> list[Fact]:
         for linear, rank in plora.items():
             if rank != common:
                 facts.append(Fact("text", f"plora_{linear}_rank", rank, _an_adapter(tensors, {linear: rank}, rank)))
-    if any(name.startswith("model.layers.") for name in tensors):
+    # Of an index, which has no shapes, nothing is known of ranks; not that there are none.
+    if any(name.startswith("model.layers.") and tensor.shape for name, tensor in tensors.items()):
         source = some(f"lora_{name}_A" for name in tasks) or "no lora_*_A"
         facts.append(Fact("text", "task_adapter_ranks", tasks, source))
     return facts
@@ -267,6 +280,20 @@ def folder_of(name_or_path: Any, hub: Mapping[str, Any]) -> Path | None:
 QUIETLY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
+def hub_file(name_or_path: Any, file: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file of a folder or a hub id, fetched where it is not on this machine; None where there is none."""
+    where = {name: hub[name] for name in HUB if name in hub}
+    found = cached_file(str(name_or_path), file, **QUIETLY, **where)
+    return None if found is None else Path(found)
+
+
+def names_in(index: Path) -> dict[str, Stored]:
+    """The tensors of an index, by released name, without shapes."""
+    weight_map = read_json(index).get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
+    return {released_name(name): Stored(name, (), "float32", file) for name, file in weight_map.items()}
+
+
 def tensors_of(name_or_path: Any, hub: Mapping[str, Any]) -> dict[str, Stored]:
     """What is known of a checkpoint's tensors, by released name, before its weights are fetched or read.
 
@@ -282,13 +309,9 @@ def tensors_of(name_or_path: Any, hub: Mapping[str, Any]) -> dict[str, Stored]:
             return {}
     except (Misfit, OSError):
         return {}
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        where = {name: hub[name] for name in HUB if name in hub}
-        found = cached_file(str(name_or_path), index, **QUIETLY, **where)
-        if found is not None:
-            weight_map = json.loads(Path(found).read_text(encoding="utf-8")).get("weight_map") or {}
-            return {released_name(name): Stored(name, (), "float32", file) for name, file in weight_map.items()}
-    return {}
+    indices = (name for name, is_index in LAYOUTS.items() if is_index)
+    found = next(filter(None, (hub_file(name_or_path, index, hub) for index in indices)), None)
+    return {} if found is None else names_in(found)
 
 
 def complete_from_weights(
@@ -308,6 +331,39 @@ def _unpacked(fields: Mapping[str, Any], tensors: Tensors) -> Tensors:
     if not fields.get("quantization_config"):
         return tensors
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating}
+
+
+def fetch_weights(name_or_path: Any, hub: Mapping[str, Any]) -> None:
+    """Have the weight files of a hub id on this machine: those that transformers would fetch, else packed ones.
+
+    What config, index and packing say is read first: a checkpoint that cannot be loaded is not downloaded.
+
+    Raises:
+        ValueError: they contradict each other, or weights are packed in another format.
+        OSError: a file that is listed is not to be had.
+    """
+    stated = hub_file(name_or_path, CONFIG_NAME, hub)
+    fields = {} if stated is None else read_json(stated)
+    beside = hub_file(name_or_path, PACKED_SETTINGS, hub)
+    packing = fields.get("quantization_config") if beside is None else read_json(beside)
+    packing = packing if isinstance(packing, dict) else {}
+    is_packed = beside is not None or packing.get("quant_method") in ("gptq", "awq")
+    if is_packed and (faults := other_packing(packing)):
+        raise Misfit(*(f"{name_or_path}: {fault}" for fault in faults))
+    for name, layout in names_looked_for(hub.get("variant"), hub.get("use_safetensors")).items():
+        found = hub_file(name_or_path, name, hub)
+        if found is None:
+            continue
+        if LAYOUTS[layout]:
+            names = names_in(found)
+            raise_faults(name_or_path, complete(fields, _unpacked(fields, names))[1])
+            where = {key: hub[key] for key in HUB if key in hub}
+            if files := sorted({tensor.file for tensor in names.values()}):
+                cached_files(str(name_or_path), files, **where)
+        return
+    if is_packed:
+        base = packing.get("model_file_base_name") or f"gptq_model-{BITS}bit-{packing.get('group_size')}g"
+        hub_file(name_or_path, f"{base}.safetensors", hub)
 
 
 class Unread:
@@ -392,12 +448,20 @@ class CheckedLoadingMixin:
         return model
 
 
+def raise_faults(name_or_path: Any, faults: list[str]) -> None:
+    """Raise a ValueError where config and weights contradict each other."""
+    if faults:
+        raise ValueError(f"config.json of {name_or_path} contradicts the weights: {some(faults, 8)}")
+
+
 def check_stored(name_or_path: Any, kwargs: Mapping[str, Any]) -> WeightFiles | None:
-    """The weight files of a checkpoint; None where there are none on this machine.
+    """The weight files of a checkpoint, of a hub id after they are fetched; None where it has none.
 
     Raises:
         ValueError: they are damaged, of integers, or contradict their `config.json`.
     """
+    if not Path(name_or_path).exists():
+        fetch_weights(name_or_path, kwargs)
     folder = folder_of(name_or_path, kwargs)
     if folder is None:
         return None
@@ -410,9 +474,7 @@ def check_stored(name_or_path: Any, kwargs: Mapping[str, Any]) -> WeightFiles | 
     tensors = {released_name(name): tensor for name, tensor in weights.tensors.items()}
     config = folder / CONFIG_NAME
     fields = read_json(config) if config.is_file() else {}
-    faults = complete(fields, _unpacked(fields, tensors))[1]
-    if faults:
-        raise ValueError(f"config.json of {folder} contradicts the weights: {some(faults, 8)}")
+    raise_faults(folder, complete(fields, _unpacked(fields, tensors))[1])
     if fields.get("quantization_config"):
         return weights
     whole = [name for name, tensor in tensors.items() if not tensor.is_floating and not name.endswith("position_ids")]

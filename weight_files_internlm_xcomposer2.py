@@ -165,6 +165,12 @@ def with_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
+def names_looked_for(variant: str | None = None, use_safetensors: bool | None = None) -> dict[str, str]:
+    """The names that transformers looks for, in its order, and which of `LAYOUTS` each is."""
+    layouts = [name for name in LAYOUTS if use_safetensors is None or use_safetensors == (".safetensors" in name)]
+    return {with_variant(name, variant): name for name in layouts}
+
+
 def weight_files(
     folder: Path, variant: str | None = None, use_safetensors: bool | None = None
 ) -> tuple[list[str], dict[str, str]]:
@@ -176,8 +182,7 @@ def weight_files(
     Raises:
         NoWeights: there are none. Misfit: the index names files that are not there.
     """
-    layouts = [name for name in LAYOUTS if use_safetensors is None or use_safetensors == (".safetensors" in name)]
-    names = {with_variant(name, variant): name for name in layouts}
+    names = names_looked_for(variant, use_safetensors)
     found = next((name for name in names if (folder / name).is_file()), None)
     if found is None and use_safetensors is not False and (folder / PACKED_SETTINGS).is_file():
         packed = sorted(path.name for path in folder.glob(PACKED_FILE))
