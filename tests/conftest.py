@@ -1,6 +1,7 @@
 """What several test files share: offline caches of their own, tiny checkpoints, and the recorded golden cases."""
 
 import atexit
+import copy
 import json
 import os
 import shutil
@@ -186,3 +187,32 @@ def tiny_model(_tiny_model, tiny_tokenizer):
 @pytest.fixture(scope="session")
 def _tiny_model(tiny_checkpoint):
     return load(tiny_checkpoint)
+
+
+@pytest.fixture
+def model(tiny_model):
+    """The tiny model with nothing kept; its generation settings are put back."""
+    config = copy.deepcopy(tiny_model.generation_config)
+    tiny_model.reuse.clear()
+    yield tiny_model
+    tiny_model.generation_config = config
+    tiny_model.reuse.clear()
+
+
+@pytest.fixture
+def ids():
+    """A prompt of text alone (1, 40)."""
+    return torch.randint(300, 900, (1, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def no_compute(tiny_model, monkeypatch):
+    """The tiny model, where any computation is a failure."""
+
+    def computed(*args, **kwargs):
+        pytest.fail("computed something before the arguments were checked")
+
+    for module in (tiny_model.model.vision_tower, tiny_model.model.language_model, tiny_model.model.vision_proj):
+        monkeypatch.setattr(module, "forward", computed)
+    monkeypatch.setattr(tiny_model, "generate", computed)
+    return tiny_model

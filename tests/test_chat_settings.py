@@ -9,36 +9,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from chats import GREEDY, PICTURES, told
 from conftest import CLOSE, GOLDEN, MARK, OPEN
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerFast, StaticCache
-
-PICTURES = [str(GOLDEN / f"images/small_{size}.png") for size in ("150x100", "56x56")]
-GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1}
-
-
-@pytest.fixture
-def model(tiny_model):
-    config = copy.deepcopy(tiny_model.generation_config)
-    tiny_model.reuse.clear()
-    yield tiny_model
-    tiny_model.generation_config = config
-    tiny_model.reuse.clear()
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(300, 900, (1, 40), generator=torch.Generator().manual_seed(3))
-
-
-def told(model, **kwargs):
-    return model.chat(None, f"{MARK}What is it?", PICTURES[:1], **{**GREEDY, **kwargs})[0]
-
 
 METHODS = {
     "chat": told,
     "stream_chat": lambda model, **kw: list(model.stream_chat(None, "What?", PICTURES[:1], **{**GREEDY, **kw}))[-1][0],
     "batch_chat": lambda model, **kw: model.batch_chat(
-        None, ["What?", f"{MARK}and {MARK}?"], [[], PICTURES], **{**GREEDY, **kw}
+        None, ["What?", f"{MARK}and {MARK}?"], [[], PICTURES[:2]], **{**GREEDY, **kw}
     )[0],
     "write_artical": lambda model, **kw: model.write_artical("Write", PICTURES[:1], **{**GREEDY, **kw}),
     "write_webpage": lambda model, **kw: model.write_webpage(

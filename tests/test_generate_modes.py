@@ -1,34 +1,12 @@
 """`generate` in the modes that transformers has: every cache, every output, drafts, and settings from every place."""
 
-import copy
 import sys
 
 import pytest
 import torch
-from conftest import GOLDEN, MARK, load
+from chats import GREEDY, told
+from conftest import load
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
-
-PICTURES = [str(GOLDEN / f"images/small_{size}.png") for size in ("150x100", "56x56")]
-GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1}
-
-
-@pytest.fixture
-def model(tiny_model):
-    config = copy.deepcopy(tiny_model.generation_config)
-    tiny_model.reuse.clear()
-    yield tiny_model
-    tiny_model.generation_config = config
-    tiny_model.reuse.clear()
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(300, 900, (1, 40), generator=torch.Generator().manual_seed(3))
-
-
-def told(model, **kwargs):
-    return model.chat(None, f"{MARK}What is it?", PICTURES[:1], **{**GREEDY, **kwargs})[0]
-
 
 # --------------------------------------------------------------------------------------------------------------- caches
 
