@@ -26,6 +26,7 @@ from transformers.utils import (
     logging,
 )
 
+from .adapter_names_internlm_xcomposer2 import ReleasedAdaptersMixin
 from .build_mlp import VisionTower, build_projector, device_of, end_rows, in_own_type, join_tiles, merge_patches
 from .cache_internlm_xcomposer2 import GrowingCache
 from .chat_internlm_xcomposer2 import ChatMixin
@@ -333,7 +334,7 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         )
 
 
-class InternLMXComposer2WithHead(InternLMXComposer2PreTrainedModel):
+class InternLMXComposer2WithHead(ReleasedAdaptersMixin, InternLMXComposer2PreTrainedModel):
     """The model below its head, and what it keeps between calls."""
 
     def __init__(self, config: InternLMXcomposer2Config):

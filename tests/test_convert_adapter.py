@@ -1,6 +1,8 @@
 """A LoRA trained on the original model: renamed, it gives the logits of the weights it was made for."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from xcomposer.checkpoints import convert_adapter as tool
 from xcomposer.checkpoints import tiny
+from xcomposer.model.adapter_names_internlm_xcomposer2 import adaptable_modules, released_module, renamed_module
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
 
@@ -71,6 +74,92 @@ def logits(model, mode="base"):
     return model(input_ids=ids, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 1, 1]]), infer_mode=mode).logits
 
 
+def with_config(folder, target, **changes):
+    """A copy of an adapter, its config changed."""
+    shutil.copytree(folder, target)
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**fields, **changes}))
+    return target
+
+
+def by_peft(source, folder):
+    return peft.PeftModel.from_pretrained(load(source, task_adapters="all"), folder)
+
+
+def by_peft_as_a_second_one(source, folder):
+    model = peft.get_peft_model(load(source, task_adapters="all"), lora_config(["attention.wo"]), "first")
+    model.load_adapter(folder, "second")
+    model.set_adapter("second")
+    return model
+
+
+def by_transformers(source, folder):
+    model = load(source, task_adapters="all")
+    model.load_adapter(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("loaded", [by_peft, by_peft_as_a_second_one, by_transformers])
+def test_released_names_load_as_they_are(source, trained, tmp_path, loaded):
+    original, whole = trained
+    model = loaded(source, with_config(original, tmp_path / "lora", target_modules=KINDS))
+    for mode in ("base", "web"):
+        wanted = logits(load(whole), mode)
+        assert (logits(model, mode) - wanted).abs().max() < 1e-5 * wanted.abs().max(), mode
+
+
+def lora_config(targets, **fields):
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM", **fields)
+
+
+LINEARS = {"wqkv", "wo", "w1", "w2", "w3"}
+TOWER = r"vit\.vision_tower\.vision_model\.encoder\.layers\.1\..*q_proj"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds", "layers"),
+    [
+        ({"targets": TARGETS}, LINEARS, {0, 1}),
+        ({"targets": ["wqkv"], "layers_to_transform": [1]}, {"wqkv"}, {1}),
+        ({"targets": r"model\.layers\.\d+\.attention\.w(qkv|o)"}, {"wqkv", "wo"}, {0, 1}),
+        ({"targets": ["w1", "wo.linear"], "exclude_modules": r".*layers\.0.*"}, {"w1", "wo"}, {1}),
+        ({"targets": TOWER}, set(), {1}),
+        ({"targets": ["wqkv.linear"]}, {"wqkv"}, {0, 1}),
+        ({"targets": "all-linear"}, LINEARS, {0, 1}),
+    ],
+)
+def test_released_targets(source, tmp_path, fields, kinds, layers):
+    """A LoRA on released names sits on the linears alone, learns, is saved under this tree's names and loads again."""
+    wrapped = peft.get_peft_model(load(source), lora_config(**fields, init_lora_weights=False))
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    found = {match[1] for name in trained if (match := re.search(r"\.(w\w+)\.linear\.lora_A", name))}
+    assert found == kinds
+    assert {int(match[1]) for name in trained if (match := re.search(r"\.layers\.(\d+)\.", name))} == layers
+    wrapped.save_pretrained(tmp_path / "lora")
+    again = peft.PeftModel.from_pretrained(load(source), tmp_path / "lora")
+    assert torch.equal(logits(again), logits(wrapped)) and not torch.equal(logits(again), logits(load(source)))
+
+
+def test_peft_imported_after_the_model(source, monkeypatch):
+    """Whatever PEFT was when the model was loaded, it learns the names when it looks for targets."""
+    model = load(source)
+    plain = peft.LoraModel._prepare_adapter_config
+    while hasattr(plain, "__wrapped__"):
+        plain = plain.__wrapped__
+    monkeypatch.setattr(peft.LoraModel, "_prepare_adapter_config", plain)
+    wrapped = peft.get_peft_model(model, lora_config(["attention.wqkv"]))
+    assert all(name.endswith("wqkv.linear") for name in wrapped.base_model.targeted_module_names)
+
+
+def test_other_models_keep_their_names(source):
+    load(source).named_modules()
+    tree = torch.nn.ModuleDict({"output": torch.nn.Linear(2, 2), "attention": torch.nn.Linear(2, 2)})
+    config = peft.LoraConfig(target_modules=["output"], modules_to_save=["attention"])
+    assert peft.get_peft_model(tree, config).base_model.targeted_module_names == ["output"]
+    assert config.target_modules == {"output"} and config.modules_to_save == ["attention"]
+
+
 @pytest.mark.parametrize("mode", ["base", "web"])
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_same_logits(source, trained, tmp_path, mode, suffix):
@@ -88,6 +177,11 @@ def test_same_logits(source, trained, tmp_path, mode, suffix):
     assert (logits(wrapped, mode) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+def test_names_of_modules_go_both_ways(source):
+    for name in adaptable_modules(load(source, task_adapters="all")):
+        assert renamed_module(released_module(name)) == name
+
+
 LAYER, HERE = "model.layers.3", "model.language_model.layers.3"
 
 
@@ -103,7 +197,7 @@ LAYER, HERE = "model.layers.3", "model.language_model.layers.3"
     ],
 )
 def test_names(released, here):
-    assert tool.renamed_key(f"base_model.model.{released}") == f"base_model.model.{here}"
+    assert tool.converted_key(f"base_model.model.{released}") == f"base_model.model.{here}"
 
 
 def broken(folder, **changes):

@@ -1,16 +1,15 @@
-"""Rename a LoRA that was trained on the original model, so that PEFT loads it onto this one.
+"""Rename a LoRA that was trained on the original model, for programs that read an adapter's files themselves.
 
     xcomposer convert-adapter SRC DST
     python -m xcomposer.checkpoints.convert_adapter SRC DST
 
 The released code lets PEFT wrap `attention.wqkv` and its like whole; here the LoRA sits on their `.linear`, and the
-decoder and the tower have other names (`RENAMINGS`). Weights stay as they are: the logits are the same. The result
-loads by `PeftModel.from_pretrained(model, DST)`.
+decoder and the tower have other names (`RENAMINGS`). PEFT itself loads SRC onto this model as it is. Weights stay as
+they are: the logits are the same.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,29 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xcomposer.checkpoints.merge import new_folder, write_json
-from xcomposer.model.recognition_internlm_xcomposer2 import RENAMINGS
+from xcomposer.model.adapter_names_internlm_xcomposer2 import (
+    LORA_NAME,
+    PEFT_PREFIX,
+    by_module,
+    renamed_key,
+    renamed_module,
+)
 
 CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
-# `...attention.wqkv.lora_A.weight`: the module that carries the LoRA, and what the LoRA calls its own.
-LORA_NAME = re.compile(r"^(?P<module>.+)\.(?P<own>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\..+)?)$")
 NEW_NAMES = (".language_model.", ".linear.lora_", f"{PEFT_PREFIX}model.vision_tower.", ".task_A.", ".task_B.")
 
 
-def renamed(parameter: str) -> str:
-    """A released parameter name as the module tree has it."""
-    for pattern, replacement in RENAMINGS:
-        parameter = re.sub(pattern, replacement, parameter)
-    return parameter
-
-
-def renamed_module(module: str) -> str:
-    """A released module name as the module tree has it: `model.layers.0.attention.wqkv` -> `... .wqkv.linear`."""
-    return renamed(f"{module}.weight").removesuffix(".weight")
-
-
-def renamed_key(key: str) -> str:
-    """A name in an adapter's file, with the names of this module tree.
+def converted_key(key: str) -> str:
+    """See `renamed_key`.
 
     Raises:
         ValueError: the name is this tree's already, or not PEFT's.
@@ -53,27 +43,13 @@ def renamed_key(key: str) -> str:
         raise ValueError(f"{key} is named as here already: the adapter was trained on this code, and loads as it is")
     if not key.startswith(PEFT_PREFIX):
         raise ValueError(f"{key} does not begin with {PEFT_PREFIX}: the file is no adapter that PEFT has saved")
-    name = key.removeprefix(PEFT_PREFIX)
-    match = LORA_NAME.match(name)
-    name = f"{renamed_module(match['module'])}.{match['own']}" if match else renamed(name)
-    return PEFT_PREFIX + name
+    return renamed_key(key)
 
 
 def lora_modules(keys: Iterable[str]) -> list[str]:
     """Released names of the modules that carry a LoRA in a file with these names."""
     matches = (LORA_NAME.match(key.removeprefix(PEFT_PREFIX)) for key in keys)
     return sorted({match["module"] for match in matches if match})
-
-
-def by_module(patterns: Mapping[str, Any] | None, modules: Sequence[str]) -> dict[str, Any]:
-    """Ranks or alphas by pattern of released names -> by whole names of this tree; the first that fits counts."""
-    found = {}
-    for module in modules:
-        fits = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-        value = next(fits, None)
-        if value is not None:
-            found[renamed_module(module)] = value
-    return found
 
 
 def converted_config(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -132,7 +108,7 @@ def convert_adapter(source: Path, target: Path) -> Path:
         ValueError: not a LoRA, or named for this code already; a file that cannot be read.
     """
     config, weights = read_adapter(source)
-    converted = {renamed_key(name): tensor.contiguous() for name, tensor in weights.items()}
+    converted = {converted_key(name): tensor.contiguous() for name, tensor in weights.items()}
     config = converted_config(config, weights)
     with new_folder(source, target) as part:
         save_file(converted, part / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -1,0 +1,1 @@
+../adapter_names_internlm_xcomposer2.py
