@@ -19,9 +19,10 @@ from transformers.utils import logging
 
 from .build_mlp import device_of
 from .cache_internlm_xcomposer2 import GrowingCache, crop, row_of, stack
-from .fingerprint_internlm_xcomposer2 import Stamp, UnreadableWeight, hooks_of, part_of, parts_of, stamp_of
+from .fingerprint_internlm_xcomposer2 import Stamp, parts_of, rows_of, stamp_of
 from .generation_internlm_xcomposer2 import PromptEmbeddings
 from .media_internlm_xcomposer2 import load_media, source_identity
+from .patches_internlm_xcomposer2 import Unseen, forwards_of
 from .prompting_internlm_xcomposer2 import (
     CHAT_SYSTEM,
     SYSTEM_TEXTS,
@@ -299,7 +300,7 @@ class ConversationMixin:
             infer_mode: None: no cache is asked for, and the decoder need not be looked at.
 
         Returns:
-            None in the place of what must not be kept, by the limits or because a weight cannot be read.
+            None in the place of what must not be kept, by the limits or because not all that counts can be seen.
         """
         if infer_mode is not None:
             self._need_task_adapters(infer_mode)
@@ -307,17 +308,19 @@ class ConversationMixin:
             return None, None
         device_type = device_of(self).type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        parts = parts_of(self.model, part_of)
         try:
+            parts = parts_of(self.model)
             pictures = stamp_of(parts, ["vision"], (autocast, self.config.vision_config._attn_implementation))
             self.reuse.drop_outdated(pictures)
             if infer_mode is None or not self.reuse.prefix_bytes:
                 return pictures, None
-            about = infer_mode, self._merged_mode, self.config.text_config._attn_implementation, hooks_of(self)
+            about = infer_mode, self._merged_mode, self.config.text_config._attn_implementation
+            code = frozenset(forwards_of([self]))
             names = ["decoder", *self.config.adapters_of(infer_mode)]
-            prefixes = stamp_of(parts, names, (*pictures.circumstances, *about))
-        except UnreadableWeight as error:
-            logger.warning_once(f"nothing is kept between turns: a weight of type {error} cannot be compared")
+            prefixes = stamp_of(parts, names, (*pictures.circumstances, *about, code))
+        except Unseen as error:
+            logger.warning_once(f"nothing is kept between turns: {error} cannot be compared from one call to the next")
+            self.reuse.clear()
             return None, None
         # A merged adapter's weights come and go: they are another part, not the end of the plain ones.
         merged = tuple(((name, self._merged_mode), content) for name, content in prefixes.contents)
@@ -379,7 +382,7 @@ class ConversationMixin:
         length = len(conversation.prompt.input_ids)
         own_cache = self._chooses_cache(settings)
         reusable = not own_cache and stamp is not None and self._may_reuse(length)
-        cache = self.reuse.take(conversation.key, stamp) if reusable else None
+        cache = self._take(conversation, stamp) if reusable else None
         if not own_cache:
             cache = settings["past_key_values"] = cache or GrowingCache(self.config)
         embeds, image_mask = self._embed(conversation, cache.get_seq_length() if cache else 0, pictures)
@@ -406,6 +409,15 @@ class ConversationMixin:
         positions = torch.arange(image_mask.shape[1], device=image_mask.device)[None]
         return {"position_ids": positions, "mm_token_type_ids": image_mask, "infer_mode": infer_mode}
 
+    def _know_rows(self, ids: Sequence[Hashable]) -> bool:
+        """Look at the embeddings of these tokens; whether they are as they were for what is kept (else it is freed)."""
+        return self.reuse.know_rows(rows_of(self.get_input_embeddings(), ids))
+
+    def _take(self, conversation: Conversation, stamp: Stamp) -> GrowingCache | None:
+        """A cache that this conversation may continue."""
+        self._know_rows(conversation.prompt.input_ids)
+        return self.reuse.take(conversation.key, stamp)
+
     def _keep(self, conversation: Conversation, answer: list[int], stamp: Stamp, cache: GrowingCache, row: int = 0):
         """Keep one row of a cache for the next turn: the prompt, and the answer where one row made it."""
         prompt = len(conversation.prompt.input_ids)
@@ -416,7 +428,8 @@ class ConversationMixin:
         if batched:  # beams have traded places since the prompt, which they share
             cache = row_of(cache, row, 0, prompt)
         crop(cache, min(end, cache.get_seq_length()))
-        self.reuse.keep(key, stamp, cache)
+        if self._know_rows(answer):
+            self.reuse.keep(key, stamp, cache)
 
     def _answer_from_ids(self, tokenizer, conversation: Conversation, infer_mode: str, settings: dict) -> str:
         """Generate from token ids, where drafts are looked up in the prompt; the penalty still spares the prompt."""
@@ -457,7 +470,7 @@ class ConversationMixin:
         for conversation in conversations:
             length = len(conversation.prompt.input_ids)
             reusable = stamp is not None and self._may_reuse(length)
-            cache = self.reuse.take(conversation.key, stamp) if reusable else None
+            cache = self._take(conversation, stamp) if reusable else None
             cache = cache or GrowingCache(self.config)
             embeds, image_mask = self._embed(conversation, cache.get_seq_length(), pictures)
             last.append(self._run_ahead(embeds, self._prompt_inputs(image_mask, infer_mode), cache))

@@ -64,6 +64,7 @@ class ReuseStore:
         self._prefixes: list[Prefix] = []
         self.sources = KnownSources()  # so that a picture whose embeddings are kept is not read again
         self._pictures: OrderedDict[tuple[Stamp, Hashable], Tensor] = OrderedDict()
+        self._rows: dict[int, Hashable] = {}  # content of the embeddings of tokens that were in prefixes
         self._limits = [prefix_bytes, picture_bytes]
         self._lock = threading.RLock()
 
@@ -104,6 +105,7 @@ class ReuseStore:
         """Forget everything and free its memory."""
         with self._lock:
             self._prefixes.clear()
+            self._rows.clear()
             self._pictures.clear()
         self.sources.clear()
 
@@ -124,6 +126,20 @@ class ReuseStore:
             self._prefixes = [prefix for prefix in self._prefixes if not stamp.outdates(prefix.stamp)]
             for key in [key for key in self._pictures if stamp.outdates(key[0])]:
                 del self._pictures[key]
+
+    def know_rows(self, rows: dict[int, Hashable]) -> bool:
+        """Note the content of tokens' embeddings, as it is now. Where a token had another before, all caches are freed.
+
+        Returns:
+            Whether each is new or as it was.
+        """
+        with self._lock:
+            same = all(self._rows.get(token, content) == content for token, content in rows.items())
+            if not same:
+                self._prefixes.clear()
+                self._rows.clear()
+            self._rows.update(rows)
+            return same
 
     def take(self, key: Key, stamp: Stamp) -> GrowingCache | None:
         """Hand out a cache of the longest prefix that `key` shares with what is kept, one position short of `key` at

@@ -3,18 +3,22 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
-from conftest import MARK
+import transformers
+from conftest import MARK, load
 from test_reuse import bytes_held, counting, fresh, picture, prompt_tokens, recomputing, recording
 
 from xcomposer.checkpoints import tiny
+from xcomposer.model.fingerprint_internlm_xcomposer2 import content_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "hd_num": 4}
 SYSTEM = {"use_meta": True, "meta_instruction": "answer in short words " * 8}
@@ -358,10 +362,28 @@ def other_forward(model):
 
 
 @contextmanager
-def written(tensor):
+def class_forward(model):
+    """The class's method is another: as if a library had patched it."""
+    kind = type(model.model.language_model.norm)
+    forward = kind.forward
+    with replaced(kind, "forward", lambda self, x: -forward(self, x)):
+        yield
+
+
+def by_index(model):
+    """A hook that returns nothing and writes to what it is given."""
+
+    def write(module, args):
+        args[0][..., 0] = 3.0
+
+    return hooked(model.model.language_model.layers[0].feed_forward, "register_forward_pre_hook", write)
+
+
+@contextmanager
+def written(tensor, write=lambda data: data[1].mul_(-3)):
     """A part of a weight changed as PyTorch does not count it."""
     before = tensor.data.clone()
-    tensor.data[1].mul_(-3)
+    write(tensor.data)
     try:
         yield
     finally:
@@ -377,7 +399,9 @@ CHANGES = {
     "a hook that changes in place": after_vision_in_place,
     "a hook before a layer": before_layer,
     "a hook on every module": everywhere,
+    "a hook that writes by index": by_index,
     "another forward": other_forward,
+    "another forward of a class": class_forward,
     "partial LoRA's scale": lambda model: replaced(decoder(model).layers[0].attention.wo, "plora_scale", -9.0),
     "rope's base": lambda model: replaced(decoder(model).rotary_emb, "base", 7.0),
     "rope's range": lambda model: replaced(decoder(model).rotary_emb, "max_position", 16),
@@ -385,6 +409,12 @@ CHANGES = {
     "the attention's scale": lambda model: replaced(decoder(model).layers[0].attention, "scaling", 3.0),
     "a row of the embedding": lambda model: written(model.get_input_embeddings().weight),
     "a row of a linear": lambda model: written(decoder(model).layers[0].attention.wqkv.linear.weight),
+    "rows that change places": lambda model: written(
+        decoder(model).layers[0].attention.wo.linear.weight, lambda data: data.copy_(data[[1, 0, *range(2, 64)]])
+    ),
+    "columns that change places": lambda model: written(
+        decoder(model).layers[0].attention.wo.linear.weight, lambda data: data.copy_(data.roll(2, 1))
+    ),
     "a row of partial LoRA": lambda model: written(decoder(model).layers[0].feed_forward.w2.Plora_B.weight),
     "a row of the projector": lambda model: written(model.vision_proj[2].weight),
     "a number of the newline": lambda model: written(model.model.plora_sub_GN.view(-1, 1)),
@@ -411,6 +441,145 @@ def test_nothing_stale(model, change):
             torch.testing.assert_close(changed, hidden(model))
     assert change == "rope's range" or not torch.allclose(before, changed)
     torch.testing.assert_close(hidden(model), before)
+
+
+class Switch:
+    """Code in a model's way that can be switched from outside, between two calls."""
+
+    def __init__(self):
+        self.on = False
+
+    def hook(self, module, args, output):
+        return -output if self.on else None
+
+    def writing_hook(self, module, args):
+        if self.on:
+            args[0].neg_()
+
+    def forward(self, forward):
+        return lambda *args, **kwargs: -forward(*args, **kwargs) if self.on else forward(*args, **kwargs)
+
+
+def norm_of(model):
+    return decoder(model).layers[0].ffn_norm
+
+
+SWITCHED = {
+    "a hook": lambda model, switch: hooked(norm_of(model), "register_forward_hook", switch.hook),
+    "a hook before": lambda model, switch: hooked(norm_of(model), "register_forward_pre_hook", switch.writing_hook),
+    "a forward": lambda model, switch: mock.patch.object(
+        norm_of(model), "forward", switch.forward(norm_of(model).forward)
+    ),
+    "a class's forward": lambda model, switch: mock.patch.object(
+        type(norm_of(model)), "forward", switch.forward(type(norm_of(model)).forward)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SWITCHED)
+def test_what_may_change_unseen_switches_reuse_off(model, what):
+    switch = Switch()
+    with SWITCHED[what](model, switch):
+        before = hidden(model)
+        switch.on = True
+        changed = hidden(model)
+        with recomputing(model):
+            torch.testing.assert_close(changed, hidden(model))
+        assert not torch.allclose(before, changed)
+        assert model.reuse.nbytes() == 0
+    hidden(model)
+    assert model.reuse.nbytes() > 0
+
+
+TOTALS = {"rows": 0}
+CALLS = 0
+
+
+def looking_hooks():
+    """Hooks of any kind that only look on."""
+    rows, seen = [], {"last": None, "shapes": []}
+
+    def note(module, args, output):
+        seen["last"] = args[0].detach().clone()
+        seen["shapes"].append(tuple(args[0].shape))
+        TOTALS["rows"] += args[0].shape[1] if args[0].ndim > 1 else 0
+
+    def count(module, args, output):
+        global CALLS
+        CALLS += len(args)
+        if args and args[0].isnan().any():
+            print("NaN", args[0].mean())
+
+    return {
+        "a note": note,
+        "a count": count,
+        "a list": lambda module, args, output: rows.append(args[0].shape[0]),
+    }
+
+
+@pytest.mark.parametrize("name", looking_hooks())
+def test_who_only_looks_on_loses_nothing(model, name):
+    _, history = model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    with hooked(norm_of(model), "register_forward_hook", looking_hooks()[name]), counting(model) as seen:
+        model.chat(query="and why ?", image=picture(0), history=history, **GREEDY)
+    assert seen["vision"] == 0 and seen["tokens"] < 40
+
+
+def quantised(folder, tokenizer, **settings):
+    """The checkpoint by bitsandbytes, where it is installed."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    config = transformers.BitsAndBytesConfig(**settings)
+    model = load(folder, quantization_config=config)
+    model.tokenizer = tokenizer
+    return model
+
+
+STATES = {
+    "4 bits": (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        lambda linear: linear.weight.quant_state.absmax,
+    ),
+    "8 bits": ({"load_in_8bit": True}, lambda linear: linear.state.SCB),
+}
+
+
+@pytest.mark.parametrize("bits", STATES)
+def test_scales_of_quantised_weights(folder, tiny_tokenizer, bits):
+    settings, scales = STATES[bits]
+    model = quantised(folder, tiny_tokenizer, **settings)
+    hidden(model)  # bitsandbytes puts its state in order in the first call
+    before = hidden(model)
+    with counting(model) as seen:
+        hidden(model)
+    assert seen["tokens"] < 30
+    scale = scales(decoder(model).layers[0].attention.wqkv.linear)
+    scale.data.copy_(scale.data.flip(0) // 2 if scale.dtype == torch.uint8 else scale.data.flip(0) * 2)
+    changed = hidden(model)
+    with recomputing(model):
+        torch.testing.assert_close(changed, hidden(model))
+    assert not torch.allclose(before, changed)
+
+
+def test_offloaded_weights(folder, tiny_tokenizer):
+    """Accelerate fetches them from a map for each call; what is written there counts."""
+    accelerate = pytest.importorskip("accelerate")
+    model = fresh(folder, tiny_tokenizer)
+    before = hidden(model)
+    linear = decoder(model).layers[0].attention.wo.linear
+    kept = {"weight": linear.weight.detach().clone()}
+    hook = accelerate.hooks.AlignDevicesHook("cpu", offload=True, weights_map=kept)
+    accelerate.hooks.add_hook_to_module(linear, hook)
+    assert linear.weight.is_meta
+    torch.testing.assert_close(hidden(model), before)
+    with counting(model) as seen:
+        hidden(model)
+    assert seen["tokens"] < 30
+    kept["weight"].data[1].mul_(-3)
+    changed = hidden(model)
+    with recomputing(model):
+        torch.testing.assert_close(changed, hidden(model))
+    assert not torch.allclose(before, changed)
 
 
 def test_a_weight_that_cannot_be_read_switches_reuse_off(model):
@@ -460,8 +629,29 @@ def test_what_cannot_be_reached_is_freed(model):
         for mode in ("base", "web"):
             model.chat(query="what is it ?", image=picture(0), infer_mode=mode, **GREEDY)
         assert len(model.reuse._prefixes) == 2 and len(model.reuse._pictures) == 1, number
+    model.get_input_embeddings().weight.data[1].mul_(1.1)  # that of the first token of every prompt
+    model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    assert len(model.reuse._prefixes) == 1
     model.to(torch.bfloat16)
     assert model.reuse.nbytes() == 0
+
+
+def test_embeddings_count_where_they_are_used(model, tiny_tokenizer):
+    """Rows of the table that a conversation has no token of may change; of one that it answered with, they may not."""
+    table = model.get_input_embeddings().weight
+    with recording(model) as rows:
+        _, history = model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    used = {*rows[0][0], *tiny_tokenizer(" ".join(history[0]) + " and why ?").input_ids}
+    with counting(model) as seen:
+        table.data[next(token for token in range(20, 900) if token not in used)].mul_(2)
+        model.chat(query="and why ?", image=picture(0), history=history, **GREEDY)
+    assert seen["tokens"] < 40
+    model.reuse.clear()
+    _, history = model.chat(query="what is it ?", image=picture(0), **GREEDY)
+    with counting(model) as seen:
+        table.data[rows[0][0][0]].mul_(2)
+        model.chat(query="and why ?", image=picture(0), history=history, **GREEDY)
+    assert seen["tokens"] > 60
 
 
 def test_moving_to_where_it_is_loses_nothing(model):
@@ -500,3 +690,29 @@ def test_copies_hold_no_conversation(model, how):
     assert other.chat(query="a secret of rain", image=picture(0), **GREEDY) == (expected, history)
     assert other.compute_lock is not model.compute_lock
     assert model.reuse.nbytes() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- fingerprint
+
+TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn)
+SHAPES = ((1,), (7,), (3, 5), (64, 64), (513, 1023), (600, 1024))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "amid a storage"])
+def test_every_element_counts(dtype, shape, start):
+    numbers = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2, (start + math.prod(shape),), dtype=torch.uint8, generator=numbers)
+    tensor = bits.to(dtype)[start:].view(shape)
+    before = content_of([tensor])
+    assert before == content_of([tensor]) == content_of([tensor.clone()])
+    raw = tensor.view(-1).view(torch.uint8)
+    for at in (0, len(raw) // 2, -1):
+        raw[at] ^= 1
+        assert content_of([tensor]) != before, at
+        raw[at] ^= 1
+    if tensor.ndim > 1 and len(tensor) > 3:
+        other = bits.to(dtype)[start:].view(shape)
+        other[[0, 1]] = other[[1, 0]]
+        assert content_of([other]) != before

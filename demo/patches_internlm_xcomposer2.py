@@ -1,0 +1,1 @@
+../patches_internlm_xcomposer2.py
