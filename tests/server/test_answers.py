@@ -35,6 +35,22 @@ def test_answers_are_those_of_chat(server, demo):
     assert server.text([system, *user("Hello")]) == chat(demo, "Hello", use_meta=True, meta_instruction="Be brief.")
 
 
+def test_an_answer_that_is_begun_goes_on(server, demo):
+    begun = [*user("Who are you?"), {"role": "assistant", "content": "I am"}]
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    own = {"extra_body": {"repetition_penalty": 1.0, **going_on}}
+    wanted = chat(demo, "Who are you?", answer_start="I am")
+    assert server.text(begun, **own) == wanted and "InternLM-XComposer" in wanted
+    for messages, more, said in (
+        (begun, {"continue_final_message": True}, "are both true"),
+        (begun, {"add_generation_prompt": False}, "are both false"),
+        (user("Who are you?"), going_on, "goes on from an assistant's"),
+        (begun, {}, "answers a user's"),
+    ):
+        refused = server.post(messages=messages, **more)
+        assert refused.status_code == 400 and said in refused.json()["error"]["message"]
+
+
 def test_detail_low_is_one_tile(server, demo):
     wide = Image.new("RGB", (600, 200), "white")
     wide.save(file := io.BytesIO(), "PNG")

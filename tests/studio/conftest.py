@@ -2,7 +2,12 @@
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,8 @@ DEMO = REPO / "demo"
 BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",  # a camera without a camera
 ]  # fmt: skip
 WAIT_MS = 30_000  # for anything to appear, on a machine with other work
 
@@ -75,17 +81,52 @@ def workspaces():
     made.close_all()
 
 
-@pytest.fixture(scope="session")
-def address(paced, workspaces):
+@contextmanager
+def opened(model, workspaces, *options):
+    """A studio in this process; gives its address."""
     pytest.importorskip("gradio")
     from xcomposer.studio import app
     from xcomposer.studio.desk import About, Desk
 
-    args = app.parse(["--port", "0", "--max_upload", "1"])
-    studio = app.build(Desk(paced, About.of_folder(DEMO)), workspaces, DEMO / "pictures", addresses=False)
+    args = app.parse(["--port", "0", "--max_upload", "1", *options])
+    studio = app.build(Desk(model, About.of_folder(DEMO)), workspaces, DEMO / "pictures", addresses=False)
     _, url, _ = app.launch(studio, args, prevent_thread_lock=True, quiet=True)
-    yield url
-    studio.close()
+    try:
+        yield url
+    finally:
+        studio.close(verbose=False)
+
+
+@pytest.fixture(scope="session")
+def address(paced, workspaces):
+    with opened(paced, workspaces) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """The address of `xcomposer serve` on the demo checkpoint, in a process of its own."""
+    if not (DEMO / "model.safetensors").is_file():
+        pytest.skip("the demo checkpoint has no weights here")
+    for needed in ("starlette", "uvicorn", "openai"):
+        pytest.importorskip(needed)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-m", "xcomposer", "serve", str(DEMO), "--backend", "transformers", "--port", str(port)]
+    with open(log, "w") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=REPO) as server:
+        try:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield url
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="session")
@@ -107,17 +148,19 @@ def visit(browser, address):
     expect.set_options(timeout=WAIT_MS)
     contexts = []
 
-    def opened(**options):
+    def visited(url=address, signed_in=True, **options):
         usual = {"viewport": {"width": 1440, "height": 900}, "locale": "en-GB", "accept_downloads": True}
         context = browser.new_context(**{**usual, **options})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
-        page.goto(address)
+        page.goto(url)
+        if not signed_in:
+            return page
         expect(page.get_by_role("tab").first).to_be_visible()
         page.wait_for_function("sessionStorage.getItem('xcomposer')")  # its workspace is there
         return page
 
-    yield opened
+    yield visited
     for context in contexts:
         context.close()

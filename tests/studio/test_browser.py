@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from .conftest import DEMO
+from .conftest import DEMO, opened
 
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import expect  # noqa: E402
@@ -34,6 +34,12 @@ def ask(page, question=ASKED, *files):
         attach(page, *files)
     box(page).fill(question)
     box(page).press("Enter")
+
+
+def sign_in(page, name, word):
+    page.get_by_label("username").fill(name)
+    page.get_by_label("password").fill(word)
+    page.get_by_role("button", name="Login").click()
 
 
 def answers(page):
@@ -91,6 +97,15 @@ def at_block(page, number, name):
     block = page.locator("#sheet .block").nth(number)
     block.hover()
     block.get_by_role("button", name=name, exact=True).click()
+
+
+def slow_network(page, milliseconds):
+    """From now on the page learns of every answer of the server so much later."""
+    page.evaluate(
+        "(late) => { const now = window.fetch; window.fetch = async (...request) => {"
+        " const answer = await now(...request); await new Promise((done) => setTimeout(done, late)); return answer } }",
+        milliseconds,
+    )
 
 
 def open_json(page, file):
@@ -210,6 +225,15 @@ class TestChat:
         assert "/" not in error.inner_text()
         expect(box(page)).to_have_value(ASKED)
         expect(answers(page)).to_have_count(0)
+
+    def test_a_picture_from_the_camera(self, visit):
+        page = visit()
+        page.get_by_role("button", name="Camera and address").click()
+        page.get_by_role("button", name=re.compile("access webcam", re.I)).click()
+        page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
+        page.get_by_role("button", name="capture photo").click()
+        expect(page.locator(".attached .card")).to_have_count(1)
+        expect(page.locator(".attached .card")).to_contain_text(re.compile(r"tiles: \d+"))
 
     def test_a_file_over_the_limit_is_refused(self, visit, tmp_path):
         large = tmp_path / "large.png"
@@ -412,6 +436,28 @@ class TestArticle:
         button(page, "Redo").click()
         expect(paragraphs(page).first).to_have_text(typed)
 
+    def test_what_is_typed_while_the_server_is_slow_stays(self, visit):
+        page = visit()
+        compose(page, pictures=TEXT_ONLY)
+        written(page)
+        slow_network(page, 1000)
+        paragraphs(page).first.fill("Mira has two cats.")
+        at_block(page, 2, "Delete")  # an act of its own, while what was typed is still being told
+        expect(paragraphs(page)).to_have_count(2)
+        expect(paragraphs(page).first).to_have_text("Mira has two cats.")
+        paragraphs(page).first.fill("Mira has three cats.")
+        paragraphs(page).nth(1).click()
+        page.keyboard.press("End")
+        page.keyboard.insert_text(" It is")
+        page.wait_for_function("JSON.parse(localStorage.getItem('xcomposer-article')).blocks[0].text.includes('three')")
+        page.keyboard.insert_text(" warm.")
+        page.get_by_role("textbox", name="Title").click()
+        page.wait_for_function("localStorage.getItem('xcomposer-article').includes(' It is warm.')")
+        page.reload()
+        tab(page, "Article")
+        expect(paragraphs(page).first).to_have_text("Mira has three cats.")
+        expect(paragraphs(page).nth(1)).to_have_text(re.compile(" It is warm.$"))
+
     def test_an_edit_stands_beside_the_old_text_until_it_is_kept(self, visit):
         page = visit()
         compose(page, pictures=TEXT_ONLY)
@@ -468,6 +514,47 @@ class TestArticle:
         open_json(page, file)
         expect(paragraphs(page)).to_have_text(["One."])
         expect(page.get_by_text("Pictures that are not here any more: 1.")).to_be_visible()
+
+
+class TestSignIn:
+    def test_nothing_is_shown_or_served_without_it(self, visit, paced, workspaces):
+        with opened(paced, workspaces, "--auth", "me:se:cret") as address:
+            page = visit(address, signed_in=False)
+            for name, word in (("me", "wrong"), ("you", "se:cret")):
+                sign_in(page, name, word)
+                expect(page.get_by_text("Incorrect Credentials")).to_be_visible()
+                expect(page.get_by_role("tab")).to_have_count(0)
+                page.reload()
+            sign_in(page, "me", "se:cret")
+            expect(page.get_by_role("tab", name="Chat")).to_be_visible()
+            page.wait_for_function("sessionStorage.getItem('xcomposer')")
+            ask(page, ASKED, STAR)
+            expect(answers(page)).to_have_text("yellow")
+            picture = page.locator(".conversation [data-testid=user] img").get_attribute("src")
+            stranger = page.context.browser.new_context().request
+            for path in (picture, f"{address}config", f"{address}gradio_api/info", f"{address}gradio_api/queue/data"):
+                assert stranger.get(path).status == 401, path
+            assert stranger.post(f"{address}gradio_api/upload").status == 401
+            assert page.context.request.get(picture).ok
+
+
+class TestEndpoint:
+    def test_each_tab_by_a_server(self, visit, served, workspaces):
+        pytest.importorskip("openai")
+        from xcomposer.studio.endpoint import Endpoint
+
+        with opened(Endpoint(served), workspaces) as address:
+            page = visit(address)
+            ask(page, ASKED, STAR)
+            expect(answers(page)).to_have_text("yellow")
+            write_page(page)
+            expect(page.get_by_text("Done:")).to_be_visible()
+            expect(inside(page).get_by_role("heading", name="Lumo")).to_be_visible()
+            compose(page)
+            written(page, steps=4)
+            expect(paragraphs(page).first).to_have_text("Mira has a red cat.")
+            at_block(page, 0, "Shorten")
+            expect(button(page, "Keep")).to_be_visible()
 
 
 class TestLooks:

@@ -19,9 +19,9 @@ from xcomposer.studio.media import Media  # noqa: E402
 
 
 class Server(BaseHTTPRequestHandler):
-    """Two models; says the words that the test lays out, one a chunk."""
+    """Two models; says the words that the test lays out, one a chunk. Has room for so many tokens."""
 
-    models, words, asked = ["chat", "web"], ["Hel", "lo"], []
+    models, words, asked, room = ["chat", "web"], ["Hel", "lo"], [], 10**6
 
     def log_message(self, *_):
         pass
@@ -33,6 +33,9 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(asked)
+        if asked.get("max_tokens", 0) > self.room:
+            error = {"message": f"max_tokens is {asked['max_tokens']}; {self.room} would fit", "code": 400}
+            return self._send("application/json", json.dumps({"error": error}), 400)
         chunks = [
             {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": asked["model"],
              "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
@@ -41,8 +44,8 @@ class Server(BaseHTTPRequestHandler):
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
         self._send("text/event-stream", "".join([*lines, "data: [DONE]\n\n"]))
 
-    def _send(self, kind, text):
-        self.send_response(200)
+    def _send(self, kind, text, status=200):
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -89,6 +92,30 @@ def test_pages_go_to_the_web_model(server):
     desk = Desk(Endpoint(server), About("x"))
     assert list(desk.page("instruction", "A page.", None, [("q", "<p>")], Choices()))[-1] == "Hello"
     assert Server.asked[-1]["model"] == "web" and Server.asked[-1]["messages"][1]["content"] == "<p>"
+
+
+def test_one_picture_stands_in_the_first_turn(server, tmp_path):
+    desk = Desk(Endpoint(server), About("x"))
+    list(desk.answer([Turn("What?", [picture(tmp_path)], "A star."), Turn("Where?")], Choices()))
+    _, first, _, last = Server.asked[-1]["messages"]
+    assert [item["type"] for item in first["content"]] == ["image_url", "text"]
+    assert [item["type"] for item in last["content"]] == ["text"]
+
+
+def test_what_is_not_chosen_is_the_servers_own(server):
+    """The page's penalty of 3 is of written tokens; another server's may be of the prompt's, too."""
+    desk = Desk(Endpoint(server), About("x"))
+    list(desk.page("instruction", "A page.", None, [], Choices()))
+    assert not {"temperature", "top_p", "repetition_penalty", "seed"} & set(Server.asked[-1])
+    list(desk.page("instruction", "A page.", None, [], Choices(penalty=1.5, temperature=0.5)))
+    assert (Server.asked[-1]["repetition_penalty"], Server.asked[-1]["temperature"]) == (1.5, 0.5)
+
+
+def test_more_tokens_than_there_is_room_for_are_as_many_as_there_is(server, monkeypatch):
+    monkeypatch.setattr(Server, "room", 4000)
+    desk = Desk(Endpoint(server), About("x"))
+    assert list(desk.page("instruction", "A page.", None, [], Choices()))[-1] == "Hello"
+    assert [asked.get("max_tokens") for asked in Server.asked] == [4800, None]
 
 
 def test_an_article_needs_the_write_model_and_begins_its_answers(server, monkeypatch):

@@ -368,6 +368,18 @@ class TestDesk:
                 thread.join(30)
                 assert not thread.is_alive()
 
+    def test_who_comes_before_the_model_waits_for_it(self, demo_model):
+        desk, got = Desk(None, About("x")), []
+        thread = threading.Thread(target=lambda: got.append(desk.model))
+        thread.start()
+        turn = desk.line.turn(Work(iter), lambda: desk.answer([Turn("Hello!")], Choices(exact=True)), 0)
+        assert next(turn) == Now(None, 0, True) and not got
+        desk.open(demo_model)
+        thread.join(30)
+        assert got == [demo_model]
+        *_, last = turn
+        assert last.value == "Hello! How can I help you?"
+
     def test_a_prompt_is_counted_as_the_model_counts_it(self, desk, demo_model, tmp_path):
         turns = [Turn("Hello", [], "Hi"), Turn("What?", [media_of(tmp_path)])]
         sizes, whole, limit = desk.count(turns, Choices())
@@ -403,6 +415,42 @@ class TestOptions:
         pytest.importorskip("gradio")
         with pytest.raises(SystemExit, match=said):
             app.main(wrong)
+
+    @pytest.mark.parametrize(
+        "given, share, auth",
+        [
+            ([], False, None),
+            (["--share"], True, None),
+            (["--auth", "me:se:cret"], False, ("me", "se:cret")),
+        ],
+    )
+    def test_what_gradio_is_told(self, given, share, auth):
+        pytest.importorskip("gradio")
+        told = {}
+
+        class Blocks:
+            def queue(self, **options):
+                return self
+
+            def launch(self, **options):
+                told.update(options)
+
+        app.launch(Blocks(), app.parse(given))
+        assert (told["share"], told["auth"], told["server_name"]) == (share, auth, "127.0.0.1")
+        assert told["max_file_size"] == 64 * 2**20 and told["enable_monitoring"] is False
+
+    @pytest.mark.parametrize(
+        "given, allowed",
+        [
+            ([], True),
+            (["--host", "0.0.0.0"], False),
+            (["--share"], False),
+            (["--share", "--allow-addresses"], True),
+            (["--no-allow-addresses"], False),
+        ],
+    )
+    def test_addresses_are_fetched_for_this_machine_alone(self, given, allowed):
+        assert app.fetches_addresses(app.parse(given)) is allowed
 
     def test_without_gradio(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "gradio", None)

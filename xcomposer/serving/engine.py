@@ -331,10 +331,14 @@ class Engine:
 def prompt_text(request: ChatRequest, system: str) -> str:
     """A request's messages in the model's layout, with a mark at each picture's place; `system` in front, if any."""
     text = turn("system", system) if system else ""
-    for message in request.messages:
+    messages, begun = request.messages, ""
+    if request.continue_final_message:
+        *messages, last = messages
+        begun = "".join(body_of(item) for item in last.content)
+    for message in messages:
         role = "system" if isinstance(message, SystemMessage) else message.role
         text += turn(role, "".join(body_of(item) for item in message.content))
-    return f"{text}{TURN_OPEN}assistant\n"
+    return f"{text}{TURN_OPEN}assistant\n{begun}"
 
 
 def body_of(item: Any) -> str:

@@ -224,6 +224,9 @@ class ChatRequest(_Model):
     use_meta: bool | None = None
     chat_template_kwargs: Extensions | None = None
     mm_processor_kwargs: Extensions | None = None
+    # vLLM's names: the last message is the assistant's, and the answer goes on from it
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
     # Labels for the operator of OpenAI's service: taken, since clients send them, and of no effect there either
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
@@ -243,9 +246,15 @@ class ChatRequest(_Model):
             if index and isinstance(message, SystemMessage):
                 param = f"messages[{index}].role"
                 raise APIError(400, f"{param} is {message.role!r}; only the first message can be the system's", param)
-        if not isinstance(self.messages[-1], UserMessage):
+        if self.continue_final_message == self.add_generation_prompt:
+            remedy = "send one as true and the other as false, or leave both out"
+            both = "continue_final_message and add_generation_prompt"
+            raise APIError(400, f"{both} are both {str(self.add_generation_prompt).lower()}; {remedy}", both.split()[0])
+        wanted = AssistantMessage if self.continue_final_message else UserMessage
+        if not isinstance(self.messages[-1], wanted):
             role = self.messages[-1].role
-            raise APIError(400, f"the last message is the {role}'s; the model answers a user's", "messages")
+            does = "goes on from an assistant's" if self.continue_final_message else "answers a user's"
+            raise APIError(400, f"the last message is the {role}'s; the model {does}", "messages")
         return self
 
     def extension(self, name: str) -> Any:

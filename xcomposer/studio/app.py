@@ -151,14 +151,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return serve(desk, args)
 
 
+def fetches_addresses(args: argparse.Namespace) -> bool:
+    """Whether visitors may have this machine fetch from addresses: by option, else if they can only be on it."""
+    return args.host in LOCAL and not args.share if args.allow_addresses is None else args.allow_addresses
+
+
 def serve(desk: Any, args: argparse.Namespace) -> int:
     """Open the page, load the model behind it, and stay until Ctrl-C. Returns the exit status."""
     from xcomposer.studio.workspace import Workspaces
 
     workspaces = Workspaces()
     atexit.register(workspaces.close_all)
-    addresses = args.host in LOCAL and not args.share if args.allow_addresses is None else args.allow_addresses
-    app = build(desk, workspaces, args.pictures, addresses)
+    app = build(desk, workspaces, args.pictures, fetches_addresses(args))
     try:
         launch(app, args, prevent_thread_lock=True)
     except OSError as error:  # the port is taken

@@ -93,26 +93,29 @@ class ChatTab:
     def _wire(self) -> None:
         shell, shown = self.shell, [self.chatbot, self.box, self.note, self.list]
         start = [shell.token, shell.language]
-        for begun in (
+        begins = (
             self.box.submit(self.send, [*start, self.box, *shell.choices], [*shown, self.attached], **AT_ONCE),
             self.chatbot.example_select(self.example, [*start, *shell.choices], [*shown, self.attached], **AT_ONCE),
             self.chatbot.retry(self.retry, [*start, *shell.choices], shown, **AT_ONCE),
             self.chatbot.edit(self.edit, [*start, *shell.choices], shown, **AT_ONCE),
-        ):
-            shell.model("chat", begun, [shell.language], shown, self._left)
-        self.box.stop(self.stop, start, shown, **AT_ONCE)
-        self.chatbot.undo(self.undo, start, shown, **AT_ONCE)
+        )
+        fills = (  # what puts something into the box: gradio tells of a change only where a visitor made it
+            *(shell.model("chat", begun, [shell.language], shown, self._left) for begun in begins),
+            self.box.stop(self.stop, start, shown, **AT_ONCE),
+            self.chatbot.undo(self.undo, start, shown, **AT_ONCE),
+            self.camera.input(self.add_picture, [self.box, self.camera], [self.box, self.camera], **AT_ONCE),
+            self.fetch.click(
+                self.add_address, [*start, self.box, self.address], [self.box, self.address, self.note], **AT_ONCE
+            ),
+        )
+        looked_at = {"fn": self.attach, "inputs": [*start, self.box, *shell.choices], "outputs": self.attached}
+        self.box.change(**looked_at, trigger_mode="always_last", **AT_ONCE)
+        for event in fills:
+            event.then(**looked_at, trigger_mode="always_last", **AT_ONCE)
         self.chatbot.clear(self.clear, start, shown, **AT_ONCE)
         self.new.click(self.begin_new, start, shown, **AT_ONCE)
         self.list.input(self.switch, [*start, self.list], shown, **AT_ONCE)
         self.opened.upload(self.open, [*start, self.opened], [*shown, self.opened], **AT_ONCE)
-        self.box.change(
-            self.attach, [*start, self.box, *shell.choices], self.attached, trigger_mode="always_last", **AT_ONCE
-        )
-        self.camera.input(self.add_picture, [self.box, self.camera], [self.box, self.camera], **AT_ONCE)
-        self.fetch.click(
-            self.add_address, [*start, self.box, self.address], [self.box, self.address, self.note], **AT_ONCE
-        )
         shell.downloads(self.markdown.click, self._as_markdown, [], self.note)
         shell.downloads(self.json.click, self._as_json, [], self.note)
 

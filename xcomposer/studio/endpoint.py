@@ -38,7 +38,7 @@ class Endpoint:
         except ImportError as error:
             raise ImportError(f"--endpoint needs the openai package ({error}): pip install openai") from error
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.failure = openai.OpenAIError
+        self.failure, self.refusal = openai.OpenAIError, openai.BadRequestError
         self.client = openai.OpenAI(base_url=self.url, api_key=key or "none", timeout=TIMEOUT_S, max_retries=0)
         try:
             self.models = [model.id for model in self.client.models.list()]
@@ -75,51 +75,48 @@ class Endpoint:
         seed: int = -1,
         do_sample: bool = True,
         max_new_tokens: int = 1024,
-        temperature: float = 1.0,
-        top_p: float = 0.8,
-        repetition_penalty: float = 1.005,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
         top_k: int | None = None,
         num_beams: int = 1,
         escape_control_tokens: bool = True,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """As the model's. Raises: ValueError: what the server refuses, and what it has not: beams, text as tokens."""
+        """As the model's; what is None is the server's own default.
+
+        Raises: ValueError: what the server refuses, and what it has not: beams, text as tokens.
+        """
         if num_beams > 1:
             raise ValueError(f"{num_beams} beams, but a server answers with one: set beams to 1")
         if not escape_control_tokens:
             raise ValueError("escape_control_tokens=False, but a server takes text as text")
         pictures = iter(image or ())
+        queries = [*(asked for asked, _ in history), query]
+        if len(image or ()) == 1 and IMAGE_MARK not in "".join(queries):
+            queries[0] = IMAGE_MARK + queries[0]  # the model has it in front of everything; a message is the nearest
         messages = [{"role": "system", "content": meta_instruction}] if use_meta and meta_instruction else []
-        for asked, said in history:
+        for asked, (_, said) in zip(queries, history, strict=False):
             messages += [
                 {"role": "user", "content": content_of(asked, pictures)},
                 {"role": "assistant", "content": said},
             ]
-        unmarked = len(image or ()) == 1 and IMAGE_MARK not in "".join([query, *(asked for asked, _ in history)])
-        messages.append({"role": "user", "content": content_of(IMAGE_MARK * unmarked + query, pictures)})
-        extra: dict[str, Any] = {"repetition_penalty": repetition_penalty}
-        if top_k:
-            extra["top_k"] = top_k
+        messages.append({"role": "user", "content": content_of(queries[-1], pictures)})
+        extra: dict[str, Any] = {"repetition_penalty": repetition_penalty, "top_k": top_k}
+        extra = {name: value for name, value in extra.items() if value is not None}
         if hd_num:
             extra["mm_processor_kwargs"] = {"hd_num": hd_num}
         if answer_start:
             messages.append({"role": "assistant", "content": answer_start})
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
-        model = self.model_of(infer_mode)
+        settings = {"temperature": temperature, "top_p": top_p} if do_sample else {"temperature": 0.0, "top_p": 1.0}
+        settings |= {"seed": None if seed == -1 else seed, "max_tokens": max_new_tokens}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        asked_for = {"model": self.model_of(infer_mode), "messages": messages, **settings, "extra_body": extra}
 
         def stream() -> Iterator[tuple[str, list[tuple[str, str]]]]:
             answer = ""
             try:
-                chunks = self.client.chat.completions.create(
-                    model=model,
-                    messages=messages,
-                    stream=True,
-                    max_tokens=max_new_tokens,
-                    temperature=temperature if do_sample else 0.0,
-                    top_p=top_p if do_sample else 1.0,
-                    seed=None if seed == -1 else seed,
-                    extra_body=extra,
-                )
-                with chunks:
+                with self._begun(asked_for) as chunks:
                     for chunk in chunks:
                         if chunk.choices and (more := chunk.choices[0].delta.content):
                             answer += more
@@ -130,18 +127,29 @@ class Endpoint:
 
         return stream()
 
+    def _begun(self, asked_for: dict[str, Any]) -> Any:
+        """A stream of chunks. More tokens than there is room for are as many as there is room for, as with the model:
+        a server refuses such a number."""
+        try:
+            return self.client.chat.completions.create(stream=True, **asked_for)
+        except self.refusal as error:
+            if "max_tokens" not in str(error):
+                raise
+        return self.client.chat.completions.create(
+            stream=True, **{name: value for name, value in asked_for.items() if name != "max_tokens"}
+        )
+
     def chat(self, *args: Any, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
         """The whole answer, as the model's `chat`."""
         *_, last = self.stream_chat(*args, **kwargs)
         return last
 
     def stream_webpage(
-        self, inst: str, image: Any = None, max_new_tokens: int = 4800, repetition_penalty: float = 3.0, **kwargs: Any
+        self, inst: str, image: Any = None, max_new_tokens: int = 4800, **settings: Any
     ) -> Iterator[str]:
-        """As the model's. A server counts the prompt in its penalty, so `repetition_penalty` is left at 1 there."""
-        penalty = 1.0 if repetition_penalty == 3.0 else repetition_penalty
-        settings = {"max_new_tokens": max_new_tokens, "repetition_penalty": penalty, "infer_mode": "web", **kwargs}
-        for html, _ in self.stream_chat(None, inst, image, **settings):
+        """As the model's. Its penalty of 3 is of written tokens, as `xcomposer serve` has it by itself; vLLM's counts
+        the prompt, so none is sent."""
+        for html, _ in self.stream_chat(None, inst, image, infer_mode="web", max_new_tokens=max_new_tokens, **settings):
             yield real_pictures(html)
 
 
