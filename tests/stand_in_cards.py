@@ -41,7 +41,18 @@ def _inner(values: Any) -> Any:
 
 
 class DeviceMismatch(RuntimeError):
-    """An operation got tensors of two devices."""
+    """An operation got tensors of two devices, or another device's random numbers."""
+
+
+class CardGenerator(torch.Generator):
+    """Random numbers of a device, drawn on the CPU: `torch.Generator` while there are cards."""
+
+    places: dict[int, torch.device] = {}  # by address: an operation gets the generator without its Python class
+
+    def __new__(cls, device: Any = "cpu"):
+        generator = super().__new__(cls, "cpu")
+        cls.places[generator._cdata] = on(torch.device(device))
+        return generator
 
 
 class CardTensor(Tensor):
@@ -92,6 +103,10 @@ def run(func, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise DeviceMismatch(f"{func} on {', '.join(places)}")
     asked = kwargs.get("device")
     device = on(torch.device(asked)) if asked is not None else next(iter(found), CPU)
+    generator = kwargs.get("generator")
+    drawn_on = device if generator is None else CardGenerator.places.get(generator._cdata, CPU)
+    if drawn_on != device:
+        raise DeviceMismatch(f"{func} on {device} with a generator of {drawn_on}")
     if func is aten.copy_.default:
         device = on(args[0].device)
     inner_args, inner_kwargs = _inner((args, kwargs))
@@ -127,10 +142,12 @@ class Cards(_OneThread):
                 run_thread(thread)
 
         threading.Thread.run = run_among_cards
+        self.generator, torch.Generator = torch.Generator, CardGenerator
         return super().__enter__()
 
     def __exit__(self, *exception):
-        threading.Thread.run = self.run_thread
+        threading.Thread.run, torch.Generator = self.run_thread, self.generator
+        CardGenerator.places.clear()
         return super().__exit__(*exception)
 
 

@@ -77,11 +77,24 @@ def chats(model):
     return said
 
 
+SEEDED = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "top_p": 1.0, "seed": 7}
+
+
+def seeded(model):
+    """Calls that sample: a conversation's, a stream's (in a thread of its own), a batch's, one of beams."""
+    said = [model.chat(None, "Hello", [PICTURES[0]], **SEEDED), model.chat(None, "Hello", **{**SEEDED, "seed": 8})]
+    said.append(list(model.stream_chat(None, "Hello", **SEEDED)))
+    said.append(model.batch_chat(None, ["Hello", "What?"], **SEEDED))
+    said.append(model.write_artical("Write.", num_beams=2, **SEEDED))
+    return said
+
+
 METHODS = {
     "chat": chats,
     "stream": lambda model: list(model.stream_chat(None, "What is it?", [PICTURES[0]], **SHORT)),
     "batch": lambda model: model.batch_chat(None, ["Hello", "What?"], [None, [PICTURES[0]]], **SHORT),
     "drafted": lambda model: model.chat(None, "a b a b a b", prompt_lookup_num_tokens=2, **SHORT),
+    "seeded": seeded,
     "article": lambda model: model.write_artical("Write.", [PICTURES[0]], **SHORT),
     "page": lambda model: model.write_webpage("A page", output_path=None, **SHORT),
     "screen": lambda model: model.screen_2_webpage("", [PICTURES[0]], output_path=None, **SHORT),
@@ -160,6 +173,12 @@ def test_the_stand_in_sees_two_devices_meet():
             with pytest.raises(DeviceMismatch, match="card:0"):
                 one + wrong
         assert (other + one.to("card:1")).device == torch.device("card:1")
+        drawn = [torch.multinomial(one, 1, generator=torch.Generator("card:0").manual_seed(3)) for _ in range(2)]
+        assert torch.equal(*drawn) and drawn[0].device == torch.device("card:0")
+        for device in ("cpu", "card:1"):
+            with pytest.raises(DeviceMismatch, match="generator of"):
+                torch.multinomial(one, 1, generator=torch.Generator(device))
+    assert torch.Generator("cpu").device == torch.device("cpu") and torch.Generator.__module__ == "torch._C"
 
 
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32])
