@@ -123,6 +123,7 @@ class ChatMixin(ConversationMixin):
             it before the method's own defaults
         seed: of the sampling; -1: none
         stop_token_ids: ids that end an answer besides the model's own
+        bos_once: one BOS in front of the prompt, also where the chat of a kind has more
         num_frm, start, end, fps: of videos, see `load_video`
         escape_control_tokens: text stays text: a `[UNUSED_TOKEN_145]` or `</s>` that somebody typed opens and ends
             nothing. For text from strangers; off unless asked for, as in the release

@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available, 
 
 from .ixc_utils import TILINGS, PictureLayout
 from .kinds_internlm_xcomposer2 import (
+    ARTICLE_STYLES,
     COMMON,
     DEFAULT_KIND,
     HEADS,
@@ -135,6 +136,7 @@ TOP_RULES = {
     "tiling": _one_of(TILINGS),
     "text_only_bos": _one_of((1, 2)),
     "default_system": _one_of(SYSTEMS),
+    "article_style": _one_of(ARTICLE_STYLES),
     "head": _one_of(HEADS),
 }
 
@@ -358,6 +360,7 @@ class InternLMXcomposer2Config(PretrainedConfig):
         default_hd_num, many_images_hd_num: most tiles of the only picture of a conversation, of each of several.
         bos_on_each_piece, text_only_bos: BOS before every piece of text in a chat; how many where there is no picture.
         default_system: the system turn of a chat that names none: "chat", "write" (the released texts), or None.
+        article_style: how illustrated articles are asked for, see `xcomposer.article.prompts.STYLES`.
         head: "vocabulary", or "score" for one number a conversation.
 
     Raises:

@@ -46,7 +46,7 @@ logger = logging.get_logger(__name__)
 
 # Settings of a call that are not `generate`'s: of how videos are read, and of its random numbers.
 OF_VIDEOS = ("num_frm", "start", "end", "fps")
-OF_CONVERSATION = (*OF_VIDEOS, "seed")
+OF_CONVERSATION = (*OF_VIDEOS, "seed", "bos_once")
 
 
 class Conversation(NamedTuple):
@@ -175,12 +175,14 @@ class ConversationMixin:
         hd_num: int | None = None,
         max_length: int | None = None,
         room: int = 1,
+        bos_once: bool = False,
         **settings,
     ) -> Conversation:
         """Open the pictures, lay out the prompt, and see that it fits `max_length` (default: the model's).
 
         Args:
             room: tokens of `max_length` that are kept free, for an answer.
+            bos_once: one BOS in front and no more, whatever the chat of the kind has.
             settings: of a call; those of videos are read here, see `load_video`.
         """
         images = as_list(image)
@@ -199,8 +201,8 @@ class ConversationMixin:
             lengths,
             placeholders,
             tokenize_with(tokenizer),
-            bos_on_each_piece=self.config.bos_on_each_piece,
-            text_only_bos=self.config.text_only_bos,
+            bos_on_each_piece=self.config.bos_on_each_piece and not bos_once,
+            text_only_bos=1 if bos_once else self.config.text_only_bos,
         )
         if len(prompt.input_ids) > limit - room:
             raise ValueError(self._too_long(len(prompt.input_ids), sum(lengths), limit, pictures, hd_num, room))

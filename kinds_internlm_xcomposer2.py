@@ -32,6 +32,7 @@ COMMON: dict[str, Any] = {
     "bos_on_each_piece": False,
     "text_only_bos": 1,
     "default_system": None,
+    "article_style": "guided",
     "head": "vocabulary",
     "max_length": 16384,
 }
@@ -48,7 +49,10 @@ KINDS: dict[str, Kind] = {
     "xcomposer2d5-ol": Kind("InternLM-XComposer-2.5-OmniLive (base)", 560, {}, {}),
     "xcomposer2d5-reward": Kind("InternLM-XComposer-2.5-Reward", 560, {"head": "score"}, {}),
     "xcomposer2": Kind(
-        "InternLM-XComposer2", 224, {**_ONE_TILE, "default_system": "write"}, {"plain_modes": ["write"]}
+        "InternLM-XComposer2",
+        224,
+        {**_ONE_TILE, "default_system": "write", "article_style": "plain"},
+        {"plain_modes": ["write"]},
     ),
     "xcomposer2-vl": Kind("InternLM-XComposer2-VL", 490, _ONE_TILE, {}),
     "xcomposer2-4khd": Kind(
@@ -69,6 +73,7 @@ METHODS_OF_HEAD = {
 }  # fmt: skip
 HEADS = tuple(METHODS_OF_HEAD)
 SYSTEMS = (None, "chat", "write")
+ARTICLE_STYLES = ("guided", "plain")  # rows of `xcomposer.article.prompts.STYLES`
 
 
 def kind_fields(kind: str) -> dict[str, Any]:

@@ -241,6 +241,7 @@ SETTINGS: dict[str, Rule] = {
     # The conversation's
     "infer_mode": Rule("the name of a mode or of a task adapter, such as 'base'", _read_name),
     "use_meta": FLAG,
+    "bos_once": FLAG,
     "escape_control_tokens": FLAG,
     "hd_num": whole(1, MOST_TILES),
     "num_frm": whole(1, 100_000),

@@ -6,16 +6,16 @@ import sys
 import zipfile
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+from conftest import BOS_ID, CLOSE, MARK, OPEN, load
 from PIL import Image, ImageFile
 from transformers import AutoModel, AutoTokenizer
 
 from xcomposer.article import FORMATS, Article, Composer, Pictures, Settings, export, file_name, finish, prompts, render
 from xcomposer.article.files import to_html, to_markdown
 from xcomposer.checkpoints import tiny
-
-MARK = "<ImageHere>"
 
 
 def picture(number, size=(20, 12), form="PNG"):
@@ -357,6 +357,80 @@ def test_a_random_model_cannot_break_it(tmp_path_factory, seed):
 
 
 # Pictures and files.
+
+
+# InternLM-XComposer2, which composes without task adapters.
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory):
+    folder = tiny.write_checkpoint(tmp_path_factory.mktemp("older") / "xc2 v1.0", kind="xcomposer2")
+    model = load(folder)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return model
+
+
+PLACES, TITLE, BEST = "适合插入图像的行是", '标题是"', "最合适的图是"
+SAID, CHOOSE = "后插入图像对应的标题是", "根据给定上下文和候选图像，选择合适的配图"
+A = "<Seg0> One.\n<Seg1> Two.\n<Seg2> Three.\n"
+OF_OLDER = [  # pictures, query, how the answer begins, what the model says
+    (2, f"{MARK} {MARK}Write.", "", f"One.\nTwo.\nThree.[UNUSED_TOKEN_0]{CLOSE}"),
+    (2, f'{MARK} {MARK} 给定文章"{A}" 根据上述文章，选择适合插入图像的行', PLACES, "<Seg0>, <Seg1>, <Seg2>"),
+    (0, '给定文章"<Seg0> One.\n<Seg1> Two.\n" 给出适合在<Seg0>后插入的图像对应的标题。', TITLE, 'a "b"'),
+    (0, f'给定文章"{A}" 现在<Seg0>{SAID}"a"。给出适合在<Seg1>后插入的图像对应的标题。', TITLE, 'c"'),
+    (0, f'给定文章"{A}" 现在<Seg0>{SAID}"a"， <Seg1>{SAID}"c"。给出适合在<Seg2>后插入的图像对应的标题。', TITLE, "d"),
+    (3, f"{CHOOSE}：One.\n候选图像包括: A.{MARK}\nB.{MARK}\nC.{MARK}", BEST, "B"),
+    (3, f"{CHOOSE}：One.\n{MARK}Two.\n候选图像包括: A.{MARK}\nB.{MARK}", BEST, "A"),
+    (0, "缩写以下段落：One.", "", "1.[UNUSED_TOKEN_0]"),
+]
+
+
+def test_the_older_kind_is_asked_as_its_own_demo_asks(older, monkeypatch):
+    """No system turn, no worked example, one BOS, its own stop; the texts are written out here once more."""
+    asked, said = [], iter(answer for *_, answer in OF_OLDER)
+    as_before = type(older)._open
+
+    def noted(self, tokenizer, text, image, *rest, **settings):
+        conversation = as_before(self, tokenizer, text, image, *rest, **settings)
+        asked.append((len(image or ()), text, conversation.prompt.input_ids, settings))
+        return conversation
+
+    monkeypatch.setattr(type(older), "_open", noted)
+    monkeypatch.setattr(type(older), "_answer", lambda *_, **__: next(said))
+    composer, settings = Composer(older), Settings(num_beams=2)
+    article = finish(composer.write("Write.", [picture(0), picture(1)], settings))
+    assert [block.text for block in article.blocks] == ["One.", "Two.", "Three."]
+    article = finish(composer.captions(finish(composer.places(article))))
+    assert [block.caption for block in article.places] == ["a", "c", "d"]
+    article = finish(composer.choose(article, [picture(n) for n in range(3)]))
+    assert len({block.picture for block in article.places}) == 3
+    article = finish(composer.edit(article, article.blocks[0].id, "shorten"))
+    assert article.blocks[0].text == "1."
+    for (count, query, begun, _), (images, text, ids, told) in zip(OF_OLDER, asked, strict=True):
+        assert (images, text) == (count, f"{OPEN}user\n{query}{CLOSE}\n{OPEN}assistant\n{begun}")
+        assert ids.count(BOS_ID) == 1 and told["bos_once"]
+    with pytest.raises(StopIteration):
+        next(said)
+
+
+def test_the_older_kind_composes(older):
+    """With whatever a random model says; the token that ended its demo's answers is no part of them."""
+    composer, settings = Composer(older), Settings(do_sample=False, max_new_tokens=8)
+    article = finish(composer.write("Write.", [picture(0)], settings))
+    for steps in (composer.continue_(article), composer.places(article, 1), composer.captions(article)):
+        assert finish(steps).paragraphs is not None
+    released = {token: number for number, token in enumerate(["[UNUSED_TOKEN_0]"], start=92397)}
+    tokenizer = SimpleNamespace(convert_tokens_to_ids=released.__getitem__, unk_token_id=0)
+    assert Composer(older, tokenizer)._of_style() == {"bos_once": True, "stop_token_ids": [92397]}
+
+
+@pytest.mark.parametrize("kind", ["xcomposer2-vl", "xcomposer2-4khd", "xcomposer2d5-ol"])
+def test_kinds_that_do_not_compose_name_one_that_does(tmp_path, kind):
+    model = load(tiny.write_checkpoint(tmp_path / "v1.0", kind=kind))
+    model.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "v1.0", trust_remote_code=True)
+    with pytest.raises(ValueError, match="this checkpoint lacks .* as InternLM-XComposer-2.5 does"):
+        finish(Composer(model).write("Write."))
+
 
 
 def test_a_picture_is_kept_once():

@@ -203,7 +203,7 @@ def test_a_pipeline_of_a_kind(kind_folder, kind):
     folder = kind_folder(kind)
     pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True, device="cpu")
     items = [{"type": "image", "url": PICTURE}, {"type": "text", "text": "Look."}]
-    said = pipe(text=[{"role": "user", "content": items}], return_full_text=False, generate_kwargs=GREEDY)
+    said = pipe(text=[{"role": "user", "content": items}], return_full_text=False, generate_kwargs=dict(GREEDY))
     model = loaded(folder)
     assert said[0]["generated_text"] == model.chat(None, f"{MARK}Look.", PICTURE, **GREEDY, repetition_penalty=1.0)[0]
 
@@ -275,6 +275,8 @@ def test_a_server_of_a_kind(kind_folder, kind):
 @pytest.mark.parametrize("command", ["chat", "serve"])
 @pytest.mark.parametrize("kind", SCORING)
 def test_commands_that_chat_refuse_a_kind_that_scores(kind_folder, kind, command):
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason="needs uvicorn")
     folder = str(kind_folder(kind))
     more = {"chat": ["--model", folder], "serve": [folder, "--backend", "transformers"]}
     with pytest.raises(SystemExit, match="a score head"):

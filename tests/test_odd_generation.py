@@ -120,7 +120,10 @@ METHODS = {
 }
 # How transformers' own messages call what they refuse.
 OF_MODES = "(Generation|Search) requires `trust|assisted|static cache|beam|stop strings|token healing|CB generation"
-OF_CHAT = {"seed", "hd_num", "num_frm", "start", "end", "fps", "use_meta", "escape_control_tokens", "stop_token_ids"}
+OF_CHAT = {
+    "seed", "bos_once", "hd_num", "num_frm", "start", "end", "fps", "use_meta", "escape_control_tokens",
+    "stop_token_ids",
+}  # fmt: skip
 SHORT = {"max_new_tokens": 2, "do_sample": False}
 
 

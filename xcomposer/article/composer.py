@@ -82,6 +82,7 @@ class Composer:
             raise ValueError(f"group must be 2 to {prompts.LETTERS}, got {group}")
         self.model, self.tokenizer, self.group = model, tokenizer, group
         self.pictures = Pictures() if pictures is None else pictures
+        self.style = prompts.STYLES[getattr(getattr(model, "config", None), "article_style", "guided")]
 
     def write(
         self, instruction: str, pictures: Sequence[Source] = (), settings: Settings | None = None, seed: int = -1
@@ -108,7 +109,7 @@ class Composer:
         return self._written("continue", article)
 
     def _written(self, step: str, start: Article) -> Steps:
-        prompt = prompts.write(start.instruction, len(start.material))
+        prompt = prompts.write(start.instruction, len(start.material), self.style)
         begun = "\n".join(paragraph.text for paragraph in start.paragraphs)
         glued = bool(begun) and not begun.endswith(WHOLE) and any(b.kind == "text" for b in start.blocks)
         begun += "\n" * (bool(begun) and not glued)
@@ -172,9 +173,9 @@ class Composer:
             texts = [p.text for p in article.paragraphs]
             note = Note("captions", block=name, done=done, of=len(names))
             answer = yield from self._wait(
-                article, note, prompts.caption(texts, number, past), (), WRITE, CAPTION_TOKENS
+                article, note, prompts.caption(texts, number, past, self.style), (), WRITE, CAPTION_TOKENS
             )
-            caption = prompts.caption_of(answer)
+            caption = prompts.caption_of(answer, self.style)
             if caption:
                 article = article.changed(name, caption=caption)
                 yield article, Note("captions", caption, name, done + 1, len(names))
@@ -339,12 +340,22 @@ class Composer:
             max_new_tokens=limit,
             seed=article.seed,
             **settings.generation,
+            **self._of_style(),
         )
         if settings.num_beams > 1:  # beams may change what is written already
-            yield self.model.chat(**asked)[0]
-            return
-        for said, _ in self.model.stream_chat(**asked):
-            yield said
+            answers = iter([self.model.chat(**asked)])
+        else:
+            answers = self.model.stream_chat(**asked)
+        for said, _ in answers:
+            yield said.split(self.style.stop)[0] if self.style.stop else said
+
+    def _of_style(self) -> dict[str, Any]:
+        """Settings that the kind's style has besides."""
+        if self.style == prompts.GUIDED:
+            return {}
+        tokenizer = self.tokenizer or self.model.tokenizer
+        stop = tokenizer.convert_tokens_to_ids(self.style.stop)
+        return {"bos_once": self.style.bos_once, "stop_token_ids": None if stop == tokenizer.unk_token_id else [stop]}
 
 
 def _places(article: Article, blocks: Sequence[str]) -> list[str]:

@@ -23,12 +23,51 @@ _EXAMPLE = (
     "可能会有人说，续航短导致一天一充或两充很麻烦",
 )
 _EXAMPLE_CAPTION = "一个人正站在充电桩前给电动滑板车充电，面容看上去有些疲惫"
+COMMA = "， "
+PAST = '现在<Seg{place}>后插入图像对应的标题是"{title}"' + COMMA
 EDITS = {
     "expand": "扩写以下段落：{paragraph}\n基于以下素材：{material}",
     "rewrite": "改写以下段落：{paragraph}\n基于以下素材：{material}",
     "shorten": "缩写以下段落：{paragraph}",
     "insert": "在以下两段中插入一段。\n第一段：{paragraph}\n第二段：{after}\n插入段的大纲：{material}",
 }
+
+
+class Style(NamedTuple):
+    """What differs between the kinds that compose articles.
+
+    guided_captions: a caption is asked for under a system text and a worked example.
+    past: what a question for a caption says of the captions so far: of the first, and of each after it.
+    past_end: what stands in the place of the last comma of that.
+    caption_ends: at which quotation mark of the answer, "first" or "last".
+    last_mark: what follows the last picture of the material of an instruction.
+    bos_once: one BOS in front, unlike the chat of the kind.
+    stop: a token that ends an answer besides the model's own; "": none.
+    """
+
+    guided_captions: bool = True
+    past: tuple[str, str] = (PAST, PAST)
+    past_end: str = COMMA
+    caption_ends: str = "last"
+    last_mark: str = " "
+    bos_once: bool = False
+    stop: str = ""
+
+
+# By the config's `article_style`: as the public demos of InternLM-XComposer-2.5 and InternLM-XComposer2 ask.
+STYLES = {
+    "guided": Style(),
+    "plain": Style(
+        guided_captions=False,
+        past=(PAST, PAST.removeprefix("现在")),
+        past_end="。",
+        caption_ends="first",
+        last_mark="",
+        bos_once=True,
+        stop="[UNUSED_TOKEN_0]",
+    ),
+}
+GUIDED = STYLES["guided"]
 
 
 class Prompt(NamedTuple):
@@ -49,9 +88,10 @@ def numbered(paragraphs: Sequence[str]) -> str:
     return "".join(f"<Seg{at}> {paragraph}\n" for at, paragraph in enumerate(paragraphs))
 
 
-def write(instruction: str, pictures: int = 0) -> Prompt:
+def write(instruction: str, pictures: int = 0, style: Style = GUIDED) -> Prompt:
     """An article by an instruction, with so many pictures as material."""
-    return Prompt(f"{IMAGE_MARK} " * pictures + instruction)
+    marks = " ".join([IMAGE_MARK] * pictures) + style.last_mark * bool(pictures)
+    return Prompt(marks + instruction)
 
 
 def places(paragraphs: Sequence[str], count: int | None = None, pictures: int = 0) -> Prompt:
@@ -61,19 +101,22 @@ def places(paragraphs: Sequence[str], count: int | None = None, pictures: int = 
     return Prompt(f"{IMAGE_MARK} " * pictures + query, PLACES_BEGUN)
 
 
-def caption(paragraphs: Sequence[str], place: int, past: Mapping[int, str] | None = None) -> Prompt:
+def caption(
+    paragraphs: Sequence[str], place: int, past: Mapping[int, str] | None = None, style: Style = GUIDED
+) -> Prompt:
     """A caption for the picture after paragraph `place`. past: captions given so far, by place."""
-    example = _caption_query(_EXAMPLE, 4, {})
-    worked = f'<input>\n{example}</input>\n<output>\n{CAPTION_BEGUN}{_EXAMPLE_CAPTION}"</output>\n'
-    return Prompt(
-        f"{worked}<input>\n{_caption_query(paragraphs, place, past or {})}</input><output>",
-        CAPTION_BEGUN,
-        CAPTION_SYSTEM,
-    )
+    query = _caption_query(paragraphs, place, past or {}, style)
+    if not style.guided_captions:
+        return Prompt(query, CAPTION_BEGUN)
+    worked = f'<input>\n{_caption_query(_EXAMPLE, 4, {}, style)}</input>\n<output>\n{CAPTION_BEGUN}{_EXAMPLE_CAPTION}"'
+    return Prompt(f"{worked}</output>\n<input>\n{query}</input><output>", CAPTION_BEGUN, CAPTION_SYSTEM)
 
 
-def _caption_query(paragraphs: Sequence[str], place: int, past: Mapping[int, str]) -> str:
-    said = "".join(f'现在<Seg{at}>后插入图像对应的标题是"{title}"， ' for at, title in past.items())
+def _caption_query(paragraphs: Sequence[str], place: int, past: Mapping[int, str], style: Style) -> str:
+    forms = [style.past[0], *[style.past[1]] * len(past)]
+    said = "".join(form.format(place=at, title=title) for form, (at, title) in zip(forms, past.items(), strict=False))
+    if past:
+        said = said.removesuffix(COMMA) + style.past_end
     text = numbered(paragraphs[: place + 2])
     return f'给定文章"{text}" {said}给出适合在<Seg{place}>后插入的图像对应的标题。'
 
@@ -128,10 +171,11 @@ def places_of(answer: str, count: int) -> list[int]:
     return sorted(number for number in found if number < count)
 
 
-def caption_of(answer: str) -> str:
-    """The text up to the last quotation mark, on one line."""
-    text, quote, rest = without_marks(answer).rpartition('"')
-    return " ".join((text if quote else rest).split())
+def caption_of(answer: str, style: Style = GUIDED) -> str:
+    """The text up to the quotation mark that ends it, on one line; all of it where there is none."""
+    said = without_marks(answer)
+    text = said.split('"')[0] if style.caption_ends == "first" or '"' not in said else said[: said.rindex('"')]
+    return " ".join(text.split())
 
 
 def letter_of(answer: str, count: int) -> int | None:
