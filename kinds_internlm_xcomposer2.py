@@ -76,6 +76,53 @@ SYSTEMS = (None, "chat", "write")
 ARTICLE_STYLES = ("guided", "plain")  # rows of `xcomposer.article.prompts.STYLES`
 
 
+class Relative(NamedTuple):
+    """A model of the project's zoo, or one often taken for it, that another architecture reads.
+
+    Args:
+        title: what it is.
+        remedy: where to look.
+        classes: parts of the class names in its `config.json`.
+        tensors: parts of its weights' names.
+    """
+
+    title: str
+    remedy: str
+    classes: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.title}, which this code does not run: {self.remedy}"
+
+
+RELATIVES = (
+    Relative(
+        "InternLM-XComposer 1.0 or ShareCaptioner (EVA-CLIP, a Q-Former or resampler, InternLM1)",
+        "its own code runs it on transformers 4.33 (InternLM-XComposer-1.0 in the InternLM-XComposer repository)",
+        ("InternLMXComposerForCausalLM", "ShareCaptioner"),
+        ("Qformer.", "ln_vision."),
+    ),
+    Relative(
+        "ShareGPT4V or another LLaVA model",
+        "LlavaForConditionalGeneration of transformers loads it once converted, the ShareGPT4V repository as it is",
+        ("Share4V", "LlavaLlama"),
+        ("model.mm_projector.",),
+    ),
+    Relative(
+        "OmniLive's audio part",
+        "Qwen2AudioForConditionalGeneration of transformers loads it; pictures and text are in the folder base",
+        ("Qwen2AudioForConditionalGeneration",),
+        ("audio_tower.",),
+    ),
+    Relative(
+        "OmniLive's memory part",
+        "the InternLM-XComposer-2.5-OmniLive repository runs it; pictures and text are in the folder base",
+        ("GroundQwen",),
+        ("compressor.",),
+    ),
+)
+
+
 def kind_fields(kind: str) -> dict[str, Any]:
     """The top config's fields of a kind."""
     return {**COMMON, **KINDS[kind].fields}

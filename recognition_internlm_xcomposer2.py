@@ -19,7 +19,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import cached_files
 
-from .kinds_internlm_xcomposer2 import kind_of, kind_text_fields
+from .kinds_internlm_xcomposer2 import RELATIVES, Relative, kind_of, kind_text_fields
 from .packed_weights_internlm_xcomposer2 import BITS, other_packing
 from .weight_files_internlm_xcomposer2 import (
     LAYOUTS,
@@ -52,15 +52,6 @@ ADAPTER = re.compile(r"\.(Plora|lora_[a-z0-9]+)_([AB])\.weight$")
 VIT = "vit.vision_tower.vision_model."
 POSITIONS = VIT + "embeddings.position_embedding.weight"
 HEADS = {"output.weight": "vocabulary", "score.weight": "score"}
-# Relatives whose weights another architecture reads: a part of a name, and what it is.
-FOREIGN = {
-    "Qformer.": "InternLM-XComposer 1.0 (Q-Former and InternLM1)",
-    "ln_vision.": "InternLM-XComposer 1.0 or ShareCaptioner (EVA-CLIP and a resampler)",
-    "model.mm_projector.": "ShareGPT4V or another LLaVA model; load it with LlavaForConditionalGeneration",
-    "audio_tower.": "OmniLive's audio part; load it with Qwen2AudioForConditionalGeneration",
-    "compressor.": "OmniLive's memory part (GroundQwenForCausalLM); the OmniLive repository runs it",
-}
-
 Tensors = Mapping[str, Stored]
 
 
@@ -73,10 +64,12 @@ class Fact(NamedTuple):
     source: str
 
 
-def foreign(names: Any) -> str | None:
-    """What a relative of another architecture is, by its tensors' names; None for this family."""
-    ours = any(".Plora_" in name or name.startswith("vit.vision_tower.") for name in names)
-    return None if ours else next((what for part, what in FOREIGN.items() if any(part in name for name in names)), None)
+def foreign(names: Any) -> Relative | None:
+    """The relative of another architecture whose tensors these are; None for this family, and for strangers."""
+    if any(".Plora_" in name or name.startswith("vit.vision_tower.") for name in names):
+        return None
+    fitting = (it for it in RELATIVES if any(part in name for part in it.tensors for name in names))
+    return next(fitting, None)
 
 
 def layer_count(tensors: Tensors, prefix: str) -> int:
@@ -221,7 +214,7 @@ def complete(fields: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any
     fields = copy.deepcopy(dict(fields))
     relative = foreign(tensors)
     if relative is not None:
-        return fields, [f"the weights are those of {relative}; it is not supported by this code"]
+        return fields, [f"the weights are those of {relative}"]
     is_nested = isinstance(fields.get("text_config"), dict)
     text = fields["text_config"] if is_nested else fields
     vision = fields.get("vision_config")

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from xcomposer import CHECKOUT
+from xcomposer.family import require_family
 from xcomposer.machine import quiet_imports
 
 DATA = CHECKOUT / "examples" / "data"
@@ -71,6 +72,7 @@ def load(args: argparse.Namespace):
     with quiet_imports():
         import xcomposer.model.modeling_internlm_xcomposer2  # noqa: F401
     try:
+        require_family(args.model)
         if AutoConfig.from_pretrained(args.model).head == "score":
             raise ValueError(SCORES)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -94,6 +96,10 @@ def check_folder(folder: Path) -> None:
         return
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        if inside:
+            part = folder / ("base" if "base" in inside else inside[0])
+            raise SystemExit(f"{folder} {what}; its folders {', '.join(inside)} have one: pass --model {part}")
         raise SystemExit(
             f"{folder} {what}. Pass --model FOLDER, where FOLDER is a downloaded release as it is; the clone's own "
             f"demo folder is a small model to try things with."

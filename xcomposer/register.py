@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from xcomposer.family import MODEL_TYPE, belongs
+from xcomposer.family import MODEL_TYPE, belongs, relative
 
 AUTO = "transformers.models.auto."
 
@@ -87,7 +87,13 @@ def _hand_over(auto_class: type, row: Row) -> None:
     @functools.wraps(library)
     def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
         if not belongs(pretrained_model_name_or_path, kwargs):
-            return library(cls, pretrained_model_name_or_path, *inputs, **kwargs)
+            try:
+                return library(cls, pretrained_model_name_or_path, *inputs, **kwargs)
+            except Exception as error:  # whatever it is: a relative's name is the better thing to say
+                what = relative(pretrained_model_name_or_path, kwargs)
+                if what is None:
+                    raise
+                raise ValueError(what) from error
         register_classes()
         for name in SETTLED if row.auto_class == "AutoConfig" else (*SETTLED, "config"):
             kwargs.pop(name, None)

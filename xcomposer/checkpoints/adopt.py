@@ -132,7 +132,7 @@ def refuse_foreign(table: Mapping[str, Stored], config: Mapping[str, Any], code:
     """Raise a Misfit when most tensors are none of this model family's, whatever its sizes."""
     relative = foreign(table)
     if relative is not None:
-        raise Misfit(f"this is {relative}; it is not supported by this code")
+        raise Misfit(f"this is {relative}")
     known = {re.sub(r"\d+", "N", name) for name in (*code.expect({})[1], *HEADS)}
     unknown = [t.name for name, t in table.items() if re.sub(r"\d+", "N", name) not in known]
     unknown = [name for name in unknown if not ADAPTER.search(name)]

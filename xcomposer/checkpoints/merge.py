@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from xcomposer.files import code_files
 from xcomposer.model.configuration_internlm_xcomposer2 import INFER_MODES
+from xcomposer.model.recognition_internlm_xcomposer2 import foreign
 from xcomposer.model.weight_files_internlm_xcomposer2 import Misfit, NoWeights, WeightFiles
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +54,8 @@ class Checkpoint(WeightFiles):
             raise FileNotFoundError(f"{folder} holds no weights: {error}") from error
         except Misfit as misfit:
             raise Misfit(*(f"{folder}: {line}" for line in misfit.lines)) from misfit
+        if relative := foreign(self.tensors):
+            raise Misfit(f"{folder} is {relative}")
 
     def shards(self) -> dict[str, list[str]]:
         """Names by file, files in order."""

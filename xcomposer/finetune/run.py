@@ -21,6 +21,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from xcomposer.family import require_family
 from xcomposer.finetune import modes
 from xcomposer.finetune.data import (
     Checked,
@@ -252,6 +253,7 @@ def train(settings: Settings, arguments: Arguments) -> IXCTrainer:
     output = Path(arguments.output_dir)
     run = run_of(settings, arguments, state.num_processes)
     checkpoint = last_checkpoint(output, run, settings.resume)
+    require_family(settings.model)
     config = AutoConfig.from_pretrained(settings.model, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=True)
     rows = read_rows(settings.data, settings.image_folder, arguments.seed)
