@@ -8,6 +8,7 @@ MODEL ?= demo
 IMAGE ?= demo/pictures/shapes.png
 TEXT ?= What colour is the star?
 CORE = tests/test_golden.py tests/test_loading.py tests/test_offline.py tests/test_public_clients.py tests/test_tokenizer.py
+FAMILY = tests/test_family.py tests/test_kinds.py tests/test_reward.py tests/test_packed_weights.py
 
 .PHONY: chat studio test test-compat test-vllm test-lmms test-clients test-studio gpu lint clean
 
@@ -41,8 +42,8 @@ test: $(VENV)/ready
 ## Loading and parity on another version, by the package and by remote code: make test-compat TRANSFORMERS=5.16.1
 test-compat:
 	$(MAKE) VENV=.venv-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) .venv-$(TRANSFORMERS)/ready
-	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) tests/test_package.py tests/test_family.py
-	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) tests/test_family.py --remote-code
+	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) $(FAMILY) tests/test_package.py
+	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) $(FAMILY) --remote-code
 
 $(VLLM_VENV)/ready: tests/on_vllm/install.py pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
