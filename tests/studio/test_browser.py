@@ -150,6 +150,34 @@ class TestChat:
         expect(page.get_by_text("no conversation that the studio saved")).to_be_visible()
         expect(answers(page)).to_have_text("Hello!")
 
+    def test_settings_are_left_as_they_are_or_chosen(self, visit):
+        page = visit()
+        page.get_by_role("button", name="Settings").click()
+        expect(page.get_by_label("Temperature")).to_be_visible()
+        ask(page, "Hello!")
+        expect(answers(page)).to_have_text("Hello! How can I help you?")
+        page.get_by_label("Longest answer, in tokens").fill("1")
+        ask(page, "Hello!")
+        expect(answers(page)).to_have_count(2)
+        expect(answers(page).nth(1)).not_to_contain_text("How")
+        page.get_by_label("Temperature").fill("hot")
+        ask(page, "Hello!")
+        expect(page.locator(".note.error").first).to_contain_text("Temperature: 'hot' is not a number from 0.01 to 10")
+        expect(box(page)).to_have_value("Hello!")
+
+    def test_clear_while_an_answer_is_written(self, visit, slow):
+        page = visit()
+        slow(0.4)
+        ask(page, "Who are you?")
+        expect(answers(page)).to_contain_text("I")
+        page.get_by_role("button", name="Clear").first.click()
+        expect(answers(page)).to_have_count(0)
+        slow(0.0)
+        ask(page, "你好")
+        expect(answers(page)).to_contain_text("你好")
+        expect(answers(page)).to_have_count(1)
+        expect(page.get_by_text("Who are you?")).to_have_count(0)
+
     def test_what_is_attached_is_counted_before_it_is_sent(self, visit):
         page = visit()
         attach(page, STAR, DEMO / "pictures" / "crowd.png")

@@ -327,6 +327,36 @@ class TestTexts:
         assert text("undo", "中文") == text("undo", "zh") == "撤销"
 
 
+class TestDrawer:
+    """The settings as a visitor types them."""
+
+    def test_what_is_empty_is_the_default(self):
+        shell = pytest.importorskip("xcomposer.studio.shell")
+        assert shell.choices_of([True, "", None, " ", "", "", "", ""], "en") == Choices(exact=True)
+        given = shell.choices_of([False, "7", "2", "0.5", "0.9", "1.2", "9", "64"], "en")
+        assert given == Choices(False, 7, 2, 0.5, 0.9, 1.2, 9, 64)
+
+    @pytest.mark.parametrize(
+        "at, value, said",
+        [
+            (1, "1.5", "Seed: '1.5' is not a whole number"),
+            (2, "17", "Beams: '17' is not a whole number from 1 to 16"),
+            (3, "hot", "Temperature: 'hot' is not a number from 0.01 to 10"),
+            (3, "nan", "Temperature: 'nan' is not a number"),
+            (4, "1.1", "Top-p: '1.1' is not a number from 0.01 to 1"),
+            (6, "0", "(hd_num): '0' is not a whole number from 1 to 64"),
+            (7, "99999", "'99999' is not a whole number from 1 to 32,768"),
+        ],
+    )
+    def test_what_is_no_such_number_is_named(self, at, value, said):
+        shell = pytest.importorskip("xcomposer.studio.shell")
+        values = [True, *[""] * 7]
+        values[at] = value
+        with pytest.raises(ValueError) as raised:
+            shell.choices_of(values, "en")
+        assert said in str(raised.value)
+
+
 class TestDesk:
     @pytest.fixture
     def desk(self, demo_model):

@@ -83,15 +83,15 @@ class ArticleTab:
                 with gr.Row():
                     self.illustrate = label(gr.Button(size="sm", min_width=90), value="illustrate")
                     self.go_on = label(gr.Button(size="sm", min_width=90), value="go_on")
-                self.steps = gr.HTML()
-                self.note = gr.HTML()
+                self.steps = gr.HTML(elem_classes="line")
+                self.note = gr.HTML(elem_classes="line")
                 self.gallery = label(
                     gr.Gallery(
                         columns=4, height=190, interactive=True, file_types=["image"], type="filepath", buttons=[],
                     ),
                     label="candidates",
                 )  # fmt: skip
-                self.offered = gr.HTML()
+                self.offered = gr.HTML(elem_classes="line")
                 with label(gr.Accordion(open=False), label="material"):
                     self.material = gr.File(show_label=False, label="Material", height=110, **pictures)
             with gr.Column(scale=2, min_width=320):
@@ -122,7 +122,7 @@ class ArticleTab:
             self.go_on.click(self.more, start, self.shown, **AT_ONCE),
             self.sheet.ask(self.ask, [*start, self.gallery], self.shown, **AT_ONCE),
         ):
-            shell.model("article", begun, [shell.language], self.shown, self._left, show_progress_on=[self.note])
+            shell.model("article", begun, [shell.language], self.shown, self._left, show_progress="hidden")
         # "multiple": what is typed is told when it is left, often by a click that is an act of its own.
         self.sheet.act(self.act, start, self.shown, trigger_mode="multiple", **AT_ONCE)
         self.halt.click(self.stop, start, self.shown, **AT_ONCE)
@@ -170,7 +170,11 @@ class ArticleTab:
         self, token: str, language: str, instruction: str, count: int, gallery: Any, material: Any, *choices: Any
     ) -> tuple:
         """A new article, and its pictures if it is to have some."""
-        workspace, chosen = self.shell.workspace(token), choices_of(choices)
+        workspace = self.shell.workspace(token)
+        try:
+            chosen = choices_of(choices, language)
+        except ValueError as error:
+            return self._shown(workspace, language, said(one_line(error), "error"))
 
         def start(composer: Composer, article: Article) -> Steps:
             given = [workspace.pictures.add(path) for path in material or ()]

@@ -18,7 +18,7 @@ from xcomposer.studio.texts import text
 from xcomposer.studio.workspace import Workspace
 
 ADDRESS_BYTES, ADDRESS_S = 64 * 2**20, 20
-HEIGHT = "max(320px, calc(100vh - 400px))"  # of the conversation: the box stays in sight
+HEIGHT = "max(320px, calc(100vh - 350px))"  # of the conversation: the box stays in sight
 READY, WRITING = {"submit_btn": True, "stop_btn": False}, {"submit_btn": False, "stop_btn": True}
 
 
@@ -73,7 +73,7 @@ class ChatTab:
                     ),
                     placeholder="ask",
                 )  # fmt: skip
-                self.note = gr.HTML()
+                self.note = gr.HTML(elem_classes="line")
                 self.attached = gr.HTML(elem_classes="attached")
                 with label(gr.Accordion(open=False), label="more_sources"), gr.Row():
                     self.camera = label(gr.Image(sources=["webcam"], type="filepath", height=220), label="camera")
@@ -132,10 +132,10 @@ class ChatTab:
         box = gr.update() if box is None else box
         return messages_of(workspace.conversation), box, note, titles(workspace, language)
 
-    def _begin(self, workspace: Workspace, language: str, turn: Turn, choices: Sequence[Any]) -> tuple:
+    def _begin(self, workspace: Workspace, language: str, turn: Turn, choices: Choices) -> tuple:
         turns = workspace.conversation.turns
         turns.append(turn)
-        workspace.begin("chat", Work(partial(self._answer, workspace, language, turns, choices_of(choices))))
+        workspace.begin("chat", Work(partial(self._answer, workspace, language, turns, choices)))
         return self._shown(workspace, language, gr.update(value=None, **WRITING))
 
     # ------------------------------------------------------------------------------------------------- what begins one
@@ -149,10 +149,14 @@ class ChatTab:
         if not question and not files:
             return *self._shown(workspace, language, note=said(text("nothing_asked", language))), gr.skip()
         try:
+            chosen = choices_of(choices, language)
+        except ValueError as error:
+            return *self._shown(workspace, language, note=said(one_line(error), "error")), gr.skip()
+        try:
             media = [workspace.media(path) for path in files]
         except EXPECTED as error:
             return *self._shown(workspace, language), said(one_line(error), "error")
-        return *self._begin(workspace, language, Turn(question, media), choices), ""
+        return *self._begin(workspace, language, Turn(question, media), chosen), ""
 
     def example(self, token: str, language: str, event: gr.SelectData, *choices: Any) -> tuple:
         at = event.index[0] if isinstance(event.index, list | tuple) else event.index
@@ -160,14 +164,21 @@ class ChatTab:
         return self.send(token, language, example, *choices)
 
     def retry(self, token: str, language: str, event: gr.RetryData, *choices: Any) -> tuple:
-        turn = self._cut(token, event.index)
-        return self._begin(self.shell.workspace(token), language, Turn(turn.question, turn.media), choices)
+        return self._again(token, language, event, choices, None)
 
     def edit(self, token: str, language: str, event: gr.EditData, *choices: Any) -> tuple:
+        typed = event.value.replace("&lt;", "<").replace("&amp;", "&").strip() if isinstance(event.value, str) else None
+        return self._again(token, language, event, choices, typed)
+
+    def _again(self, token: str, language: str, event: Any, choices: Sequence[Any], typed: str | None) -> tuple:
+        """A turn anew, with another question if one was typed; those after it are left."""
+        workspace = self.shell.workspace(token)
+        try:
+            chosen = choices_of(choices, language)
+        except ValueError as error:
+            return self._shown(workspace, language, note=said(one_line(error), "error"))
         turn = self._cut(token, event.index)
-        value = event.value if isinstance(event.value, str) else turn.question
-        question = value.replace("&lt;", "<").replace("&amp;", "&").strip()
-        return self._begin(self.shell.workspace(token), language, Turn(question, turn.media), choices)
+        return self._begin(workspace, language, Turn(turn.question if typed is None else typed, turn.media), chosen)
 
     def _cut(self, token: str, index: int | Sequence[int]) -> Turn:
         """Leave a turn and all after it; returns it. index: of one of its two messages."""
@@ -274,7 +285,7 @@ class ChatTab:
         try:
             media = [workspace.media(path) for path in files]
             turns = [*(turn for turn in workspace.conversation.turns if turn.answer), Turn(question, media)]
-            sizes, whole, limit = self.desk.count(turns, choices_of(choices))
+            sizes, whole, limit = self.desk.count(turns, choices_of(choices, language))
         except EXPECTED as error:
             return said(one_line(error), "error")
         notes = [

@@ -69,7 +69,7 @@ class PageTab:
                 with gr.Row():
                     self.write = label(gr.Button(variant="primary", min_width=120), value="write_page")
                     self.halt = label(gr.Button(variant="stop", min_width=80, interactive=False), value="stop")
-                self.note = gr.HTML()
+                self.note = gr.HTML(elem_classes="line")
                 self.wanted = label(gr.Textbox(lines=2), label="change_label", placeholder="change_placeholder")
                 self.change = label(gr.Button(size="sm"), value="change")
                 self.versions = label(gr.Radio([], elem_classes="list"), label="versions")
@@ -180,7 +180,7 @@ class PageTab:
         resume: str, screenshot: str | None, wish: str, *choices: Any,
     ) -> tuple:  # fmt: skip
         """A page from the open tab's input."""
-        workspace, chosen = self.shell.workspace(token), choices_of(choices)
+        workspace = self.shell.workspace(token)
 
         def asked() -> tuple[Iterator[str], str, str]:
             words, picture, name = instruction or "", None, (instruction or "").strip()
@@ -189,7 +189,7 @@ class PageTab:
             if kind == "screenshot":
                 words, name = wish or "", text(kind, language)
                 picture = workspace.media(screenshot) if screenshot else None
-            return self.desk.page(kind, words, picture, [], chosen), words, name
+            return self.desk.page(kind, words, picture, [], choices_of(choices, language)), words, name
 
         return self._begin(workspace, language, device, asked)
 
@@ -203,7 +203,7 @@ class PageTab:
             if not wanted:
                 raise ValueError(text("nothing_changed", language))
             history = workspace.pages.history()
-            return self.desk.page("instruction", wanted, None, history, choices_of(choices)), wanted, wanted
+            return self.desk.page("instruction", wanted, None, history, choices_of(choices, language)), wanted, wanted
 
         return self._begin(workspace, language, device, asked, "")
 

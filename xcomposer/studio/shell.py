@@ -18,6 +18,16 @@ from xcomposer.studio.workspace import Workspace, Workspaces
 MODEL = {"concurrency_limit": None, "trigger_mode": "multiple"}
 AT_ONCE = {"queue": False, "show_progress": "hidden"}
 EVERY_S = 0.1  # between two pictures of what is being written
+# Of each number in the drawer: its kind, least and most.
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "seed": (int, -1, 2**63 - 1),
+    "beams": (int, 1, 16),
+    "temperature": (float, 0.01, 10),
+    "top_p": (float, 0.01, 1),
+    "penalty": (float, 0.1, 10),
+    "hd_num": (int, 1, 64),
+    "length": (int, 1, 32768),
+}
 NOTE = '<p role="status" class="note {}">{}</p>'
 # A click on the hidden link, once its file has come.
 PRESS = "() => setTimeout(() => document.querySelector('#download a, a#download, #download')?.click(), 300)"
@@ -78,23 +88,16 @@ class Shell:
                 container=False, min_width=150, scale=0,
             )  # fmt: skip
         with self.labelled(gr.Accordion(open=False, elem_classes="settings"), label="settings"), gr.Row():
-            exact = [(TEXTS["exact"][0], True), (TEXTS["varied"][0], False)]
-            self.exact = self.labelled(gr.Radio(exact, value=True, min_width=170), label="answers")
-            number = {"value": None, "min_width": 130}
-            self.choices = [
-                self.exact,
-                self._number("seed", "seed_info", value=-1, precision=0, minimum=-1, min_width=130),
-                self._number("beams", "beams_info", value=1, precision=0, minimum=1, maximum=16, min_width=130),
-                self._number("temperature", minimum=0.01, maximum=10, step=0.1, **number),
-                self._number("top_p", minimum=0.01, maximum=1, step=0.05, **number),
-                self._number("penalty", minimum=0.1, maximum=10, step=0.05, **number),
-                self._number("hd_num", precision=0, minimum=1, maximum=64, **number),
-                self._number("length", precision=0, minimum=1, maximum=32768, **number),
-            ]
+            exact = self.labelled(gr.Radio(_ways("en"), value=True, min_width=170), label="answers")
+            # Text, since gradio's box for a number has a 0 where nothing was chosen, once the drawer is opened.
+            self.choices = [exact, *(self._number(key) for key in NUMBERS)]
+        self.restores(lambda _, language: [gr.update(choices=_ways(language))], [exact])
         self.link = gr.DownloadButton("file", elem_id="download", visible="hidden")
 
-    def _number(self, key: str, info: str = "empty_default", **options: Any) -> gr.Number:
-        return self.labelled(gr.Number(**options), label=key, info=info)
+    def _number(self, key: str) -> gr.Textbox:
+        info = f"{key}_info" if f"{key}_info" in TEXTS else "empty_default"
+        box = gr.Textbox(max_lines=1, min_width=130, elem_classes="number")
+        return self.labelled(box, label=key, info=info, placeholder="default")
 
     def _title(self, language: str) -> str:
         about = self.desk.about
@@ -202,16 +205,28 @@ class Shell:
         trigger(write, [self.token, self.language, *inputs], [self.link, note], **AT_ONCE).success(None, js=PRESS)
 
 
-def choices_of(values: Sequence[Any]) -> Choices:
-    """The drawer's values, in the order of `Shell.choices`."""
-    exact, seed, beams, temperature, top_p, penalty, hd_num, length = values
-    return Choices(
-        exact=bool(exact),
-        seed=int(-1 if seed is None else seed),
-        beams=int(beams or 1),
-        temperature=temperature,
-        top_p=top_p,
-        penalty=penalty,
-        hd_num=int(hd_num) if hd_num else None,
-        length=int(length) if length else None,
-    )
+def _ways(language: str) -> list[tuple[str, bool]]:
+    return [(text("exact", language), True), (text("varied", language), False)]
+
+
+def choices_of(values: Sequence[Any], language: str) -> Choices:
+    """The drawer's values, in the order of `Shell.choices`; an empty box is the default.
+
+    Raises:
+        ValueError: a number that is none, or beyond its limits; for people, in their language.
+    """
+    exact, *typed = values
+    given = {}
+    for (key, (kind, least, most)), value in zip(NUMBERS.items(), typed, strict=True):
+        value = str(value or "").strip()
+        if not value:
+            continue
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            whole = text("whole_number" if kind is int else "number", language)
+            raise ValueError(text("wrong_number", language, text(key, language), value[:40], whole, least, most))
+        given[key] = number
+    return Choices(exact=bool(exact), **given)

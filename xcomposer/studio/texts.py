@@ -18,6 +18,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "penalty": ("Repetition penalty", "重复惩罚"),
     "hd_num": ("Tiles of a picture (hd_num)", "图片最多切块数 (hd_num)"),
     "length": ("Longest answer, in tokens", "回答最长词元数"),
+    "default": ("default", "默认"),
+    "wrong_number": ("{}: {!r} is not {} from {:,} to {:,}", "{}：{!r} 不是{}，范围 {:,} 到 {:,}"),
+    "number": ("a number", "数"),
+    "whole_number": ("a whole number", "整数"),
     "empty_default": ("empty: each task's own", "留空：各任务的默认值"),
     # everywhere
     "stop": ("Stop", "停止"),
