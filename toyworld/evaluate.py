@@ -128,6 +128,13 @@ def article_checks(task: str, answer: str, said: str) -> dict[str, bool]:
     return {name: read(said) == read(answer)}
 
 
+def checks(task: str, answer: str, said: str) -> dict[str, bool]:
+    """What is asked of an answer beside that it is the very one."""
+    if task in ("html", "resume", "screen"):
+        return page_checks(task, answer, said)
+    return article_checks(task, answer, said) if task.startswith(("article_", "edit_")) else {}
+
+
 @lru_cache(maxsize=1)
 def load(folder: Path, dtype: str):
     """Model and tokenizer of a checkpoint folder.
@@ -185,12 +192,8 @@ def evaluate(folder: Path, way: Way, task: str, count: int, seed: int) -> dict[s
     asked = [scenes.scene(task, scenes.EVAL_SEEDS[seed + i]) for i in range(count)]
     for scene, said in zip(asked, answer_all(*load(folder, way.dtype), asked, way), strict=True):
         note(task, said == scene.answer)
-        if task in ("html", "resume", "screen"):
-            for name, right in page_checks(task, scene.answer, said).items():
-                note(name, right)
-        elif task.startswith(("article_", "edit_")):
-            for name, right in article_checks(task, scene.answer, said).items():
-                note(name, right)
+        for name, right in checks(task, scene.answer, said).items():
+            note(name, right)
     print(f"{way.name} | {task}: {found[task][0]} of {found[task][1]}", file=sys.stderr, flush=True)
     return found
 

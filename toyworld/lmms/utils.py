@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from toyworld.evaluate import page_checks
+from toyworld.evaluate import checks
 from toyworld.scenes import EVAL_SEEDS, Scene, scene
 from xcomposer.model.prompting_internlm_xcomposer2 import chat_prompt
 
@@ -53,9 +53,7 @@ def answer(doc: dict[str, Any]) -> str:
 
 
 def score(doc: dict[str, Any], said: list[str]) -> dict[str, bool]:
-    """1 where the answer is right, under the task's name; what `evaluate` checks of a page, too."""
+    """1 where the answer is right, under the task's name; what else `evaluate` checks of it, too."""
     expected = answer(doc)
-    found = {"right": said[0] == expected, doc["task"]: said[0] == expected}
-    if doc["task"] in ("html", "resume", "screen"):
-        found |= page_checks(doc["task"], expected, said[0])
-    return found
+    right = said[0] == expected
+    return {"right": right, doc["task"]: right, **checks(doc["task"], expected, said[0])}
