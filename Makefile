@@ -27,6 +27,11 @@ $(VENV)/ready: $(VENV)/installed
 	$(PIP) install transformers==$(TRANSFORMERS) -e .[test]
 	touch $@
 
+# What the tests of loading, of recorded cases and of the family use: not the web app's packages, nor trl's.
+$(VENV)/core: $(VENV)/installed
+	$(PIP) install transformers==$(TRANSFORMERS) -e .[video,train,quantise,serve] pytest
+	touch $@
+
 ## Ask about a picture, then keep asking: make chat MODEL=folder IMAGE=photo.jpg TEXT="What is this?"
 chat: $(VENV)/installed
 	@$(VENV)/bin/xcomposer chat --model $(MODEL) --image $(IMAGE) --text "$(TEXT)" --greedy --stay
@@ -41,7 +46,7 @@ test: $(VENV)/ready
 
 ## Loading and parity on another version, by the package and by remote code: make test-compat TRANSFORMERS=5.16.1
 test-compat:
-	$(MAKE) VENV=.venv-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) .venv-$(TRANSFORMERS)/ready
+	$(MAKE) VENV=.venv-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) .venv-$(TRANSFORMERS)/core
 	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) $(FAMILY) tests/test_package.py
 	.venv-$(TRANSFORMERS)/bin/python -m pytest $(CORE) $(FAMILY) --remote-code
 
