@@ -67,7 +67,7 @@ class Server:
         self.http.close()
         self.client.close()
         self.uvicorn.should_exit = True
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
     def ask(self, content, model="chat", **fields):
@@ -83,7 +83,7 @@ class Server:
 
     def idle(self):
         """Wait until nothing is in the queue: what left has ended."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.http.get("/health").json()["requests"]:
             assert time.monotonic() < deadline, "a request is still there"
             time.sleep(0.02)
