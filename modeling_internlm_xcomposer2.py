@@ -38,7 +38,7 @@ from .modeling_internlm2 import InternLM2Model
 from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
 from .release_clients_internlm_xcomposer2 import ReleaseClientsMixin
-from .reuse_internlm_xcomposer2 import ReuseStore
+from .reuse_internlm_xcomposer2 import ReuseStore, default_limits
 from .settings_internlm_xcomposer2 import SETTINGS, check_settings, config_settings, end_tokens
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 from .threads_internlm_xcomposer2 import ComputeLock
@@ -342,7 +342,7 @@ class InternLMXComposer2WithHead(ReleasedAdaptersMixin, InternLMXComposer2PreTra
         self.model = InternLMXComposer2Model(config)
         self.tokenizer = None  # set by the caller, or passed to the public methods
         self.compute_lock = ComputeLock()  # what the methods that compute take turns by
-        self.reuse = ReuseStore()  # what past conversations leave for their next turns
+        self.reuse = ReuseStore(*default_limits(config))  # what past conversations leave for their next turns
         self.max_length = config.context_length  # tokens of a row of `forward(samples=...)`
         self.hd_num = config.default_hd_num  # tiles of `encode_img` when it is not told
 

@@ -16,11 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .cache_internlm_xcomposer2 import GrowingCache, cache_bytes, crop, drop_room, row_bytes, row_of
+from .cache_internlm_xcomposer2 import MIN_ROOM, GrowingCache, cache_bytes, crop, drop_room, row_bytes, row_of
 from .fingerprint_internlm_xcomposer2 import Stamp
 from .media_internlm_xcomposer2 import KnownSources
 
 Key = Sequence[Hashable]  # a conversation: token ids, and for each token of a picture the picture's digest
+
+
+CONVERSATIONS = 8  # of the longest kind, in fp32, that a store has room for
+MOST_BYTES = {"prefix": 2 << 30, "picture": 512 << 20}
+WIDEST = 4  # bytes of a number
 
 
 class Prefix(NamedTuple):
@@ -49,18 +54,31 @@ def common_prefix(one: Key, other: Key) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+def default_limits(config: Any) -> tuple[int, int]:
+    """Most bytes of caches and of picture embeddings where nobody says: `CONVERSATIONS` of a model's longest ones, up
+    to `MOST_BYTES`, which hold the 7B release's longest (16 k tokens at 128 KiB) beside its weights on a 24 GB card.
+
+    Args:
+        config: of the whole model.
+    """
+    text, tokens = config.text_config, config.context_length + MIN_ROOM
+    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    wanted = {"prefix": tokens * row, "picture": tokens * text.hidden_size}
+    prefix, picture = (min(most, CONVERSATIONS * WIDEST * wanted[name]) for name, most in MOST_BYTES.items())
+    return prefix, picture
+
+
 class ReuseStore:
     """Past conversations and pictures of one model. The oldest goes first when a limit is reached.
 
     It may be used from several threads. A copy or a pickle of it is empty: prompts and pictures stay in the process.
 
     Args:
-        prefix_bytes: most bytes of key/value caches; 0 keeps none. The default holds the 7B model's longest default
-            conversation (16 k tokens at 128 KiB) beside its weights on a 24 GB card.
+        prefix_bytes: most bytes of key/value caches; 0 keeps none. A model's own store: see `default_limits`.
         picture_bytes: most bytes of picture embeddings; 0 keeps none.
     """
 
-    def __init__(self, prefix_bytes: int = 2 << 30, picture_bytes: int = 512 << 20):
+    def __init__(self, prefix_bytes: int = MOST_BYTES["prefix"], picture_bytes: int = MOST_BYTES["picture"]):
         self._prefixes: list[Prefix] = []
         self.sources = KnownSources()  # so that a picture whose embeddings are kept is not read again
         self._pictures: OrderedDict[tuple[Stamp, Hashable], Tensor] = OrderedDict()

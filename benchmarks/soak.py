@@ -9,15 +9,15 @@ oneDNN keeps compiled kernels for each shape it meets, 1,024 by default, and con
 caches are made small here, as in any process that is to run for long.
 """
 
-import os
+from xcomposer.machine import bound_kernel_caches
 
-os.environ.setdefault("LRU_CACHE_CAPACITY", "8")  # before torch is imported
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
+bound_kernel_caches()  # before torch computes
 
 import argparse  # noqa: E402
 import gc  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import random  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402

@@ -4,6 +4,7 @@ And it is real work saved, within its limits, and golden chats stay what they ar
 """
 
 import itertools
+import os
 import random
 from contextlib import contextmanager
 
@@ -14,7 +15,10 @@ from PIL import Image
 from transformers.cache_utils import DynamicCache
 from transformers.generation import StoppingCriteriaList
 
+from xcomposer import cli, loading
 from xcomposer.checkpoints import tiny
+from xcomposer.machine import ONEDNN
+from xcomposer.model.reuse_internlm_xcomposer2 import default_limits
 
 CASES = read_golden("chat_cases.json")
 WORDS = "paper harbour garden night image sign line number title page red small first second window rain".split()
@@ -566,3 +570,43 @@ def test_a_cache_of_the_callers_is_used(tiny_model, tiny_tokenizer):
     tiny_model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert cache.get_seq_length() == ids.shape[1] + 2
     assert type(cache) is DynamicCache
+
+
+def test_limits_suit_the_model(folders, tiny_tokenizer):
+    """Eight of its longest conversations; of the 7B release's, one of 16 k tokens in 16 bits."""
+    model = fresh(folders["long range"], tiny_tokenizer)
+    text = model.config.text_config
+    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    longest = row * (model.config.context_length + 256)
+    assert model.reuse.prefix_bytes == 8 * longest < 2 << 30
+    released = type(model.config)()
+    assert default_limits(released) == (2 << 30, 512 << 20)
+
+
+def test_commands_leave_room_on_the_machine(model, monkeypatch):
+    """A quarter of what is free, once the weights are loaded."""
+    free = 4 * 1000
+    monkeypatch.setattr(loading, "free_bytes", lambda device: free)
+    loading.bound_reuse(model)
+    assert model.reuse.prefix_bytes + model.reuse.picture_bytes == free // 4
+    before, free = (model.reuse.prefix_bytes, model.reuse.picture_bytes), 1 << 50
+    loading.bound_reuse(model)
+    assert (model.reuse.prefix_bytes, model.reuse.picture_bytes) == before  # a lower limit stays
+
+
+def test_many_conversations_stay_within_the_limits(model):
+    model.reuse.prefix_bytes, model.reuse.picture_bytes = 1 << 20, 1 << 16
+    for number in range(12):
+        model.chat(query=f"{WORDS[number]} ?", image=picture(number), do_sample=False, max_new_tokens=2, hd_num=4)
+        assert within_limits(model.reuse)
+    assert len(model.reuse._prefixes) < 12
+
+
+@pytest.mark.parametrize("given, wanted", [({}, {"8"}), ({name: "5" for name in ONEDNN}, {"5"})], ids=["unset", "set"])
+def test_commands_bound_the_kernels_that_onednn_keeps(monkeypatch, given, wanted):
+    """In their own process, and a number that is set stays; an import sets none."""
+    assert not any(name in os.environ for name in ONEDNN)
+    monkeypatch.setattr(os, "environ", {**os.environ, **given})
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    assert {os.environ[name] for name in ONEDNN} == wanted

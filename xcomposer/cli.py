@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from xcomposer.machine import quiet_imports
+from xcomposer.machine import bound_kernel_caches, quiet_imports
 
 
 class Command(NamedTuple):
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"xcomposer: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv[0] = f"xcomposer {name}"  # what argparse calls the program
+    bound_kernel_caches()
     try:
         with quiet_imports():
             module = importlib.import_module(command.module)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from packaging.version import Version
 
-from xcomposer.machine import OPTIONAL, REQUIRED, amount, devices, installed_version, table
+from xcomposer.machine import ONEDNN, OPTIONAL, REQUIRED, amount, devices, installed_version, table
 
 DECODERS = ("av", "torchcodec", "decord")
 
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nDevices\n" + table(rows))
     if found[0].name == "cpu":
         print("  No GPU that PyTorch can use: the 7B release answers slowly here, the demo checkpoint at once.")
+        print(f"  A service of your own that imports the model: set {' and '.join(f'{name}=8' for name in ONEDNN)},")
+        print("  or memory grows with each new length of a text. The commands of xcomposer do.")
     print("\nAttention\n  " + attention_kernels())
     present = [row for row in OPTIONAL if row.present()]
     absent = [row for row in OPTIONAL if not row.present()]

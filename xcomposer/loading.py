@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from xcomposer import CHECKOUT
 from xcomposer.family import require_family
-from xcomposer.machine import quiet_imports
+from xcomposer.machine import free_bytes, quiet_imports
 
 DATA = CHECKOUT / "examples" / "data"
 DEFAULT_MODEL = Path(os.environ.get("IXC_MODEL") or (CHECKOUT / "demo" if (CHECKOUT / "demo").is_dir() else "demo"))
@@ -82,12 +82,22 @@ def load(args: argparse.Namespace):
     if not placing:
         model = model.to(devices[0])
     model.tokenizer = tokenizer
+    bound_reuse(model)
 
     where = " and ".join(device_name(device) for device in devices)
     print(f"{args.model} in {str(model.dtype).removeprefix('torch.')} on {where}", file=sys.stderr)
     if args.adapter is not None:
         model = with_adapter(model, args.adapter)
     return model, tokenizer
+
+
+def bound_reuse(model) -> None:
+    """Let what is kept between turns take a quarter of the memory that is free beside the weights, at most; a fifth of
+    that for pictures. The model's own limits (see `default_limits`) know its sizes, but not the machine.
+    """
+    quarter = free_bytes(model.device) // 4
+    model.reuse.picture_bytes = min(model.reuse.picture_bytes, quarter // 5)
+    model.reuse.prefix_bytes = min(model.reuse.prefix_bytes, quarter - model.reuse.picture_bytes)
 
 
 def check_folder(folder: Path) -> None:

@@ -110,6 +110,28 @@ def amount(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
+ONEDNN = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN, which computes in 16 bits on a CPU, keep kernels of 8 shapes, not of 1,024: conversations bring ever
+    new shapes, and hundreds of MB of kernels that no other call needs. A limit that is set in the environment stays.
+
+    It counts where it comes before torch's first computation. For a command, whose process is its own; a library that
+    is imported does not change its host's environment.
+    """
+    for name in ONEDNN:
+        os.environ.setdefault(name, "8")
+
+
+def free_bytes(device: Any) -> int:
+    """Memory that is free on a torch device now."""
+    import psutil  # comes with accelerate
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Import packages without their warnings, which tell a user nothing: torchao's of kernels for other cards, say."""

@@ -9,7 +9,6 @@ has the queue, `protocol` the fields, `sources` the pictures; here are the route
 
 import asyncio
 import hmac
-import os
 import time
 import uuid
 from argparse import Namespace
@@ -308,9 +307,6 @@ async def refuse_http(request: Request, error: Exception) -> Response:
 
 def serve(args: Namespace) -> int:
     """Load the model and serve until stopped; arguments of `xcomposer serve`."""
-    # On a CPU, oneDNN keeps what it has made for each shape: without a bound, memory grows with every new length.
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "8")
     import uvicorn
 
     from xcomposer.loading import DEFAULT_MODEL, load

@@ -25,6 +25,7 @@ from pathlib import Path
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 NAME = "chat"  # of the model without an adapter
+TEMPLATE = {"escape_control_tokens": True}  # what clients send is text: it opens and ends no turn
 SCORES = "score"  # of one that rates conversations: vLLM's /classify and /pooling
 
 
@@ -116,6 +117,7 @@ def serve_command(model: str, adapters: Sequence[str] = (), more: Sequence[str] 
     name = SCORES if InternLMXcomposer2Config.from_pretrained(source).head == "score" else NAME
     # On a CPU, vLLM gives requests without an adapter the last slot's: leave that one empty.
     options = adapter_options(modules, spare=current_platform.is_cpu())
+    options += ["--default-chat-template-kwargs", json.dumps(TEMPLATE)]
     return ["serve", str(source), "--served-model-name", name, model, *options, *more]
 
 
