@@ -482,6 +482,27 @@ class TestOptions:
     def test_addresses_are_fetched_for_this_machine_alone(self, given, allowed):
         assert app.fetches_addresses(app.parse(given)) is allowed
 
+    def test_a_model_that_cannot_be_loaded_closes_the_page(self, monkeypatch):
+        pytest.importorskip("gradio")
+        done = []
+
+        class Blocks:
+            def close(self, **options):
+                done.append("closed")
+
+        def load(args):
+            raise SystemExit("demo cannot be loaded")
+
+        monkeypatch.setattr(app, "build", lambda *_: Blocks())
+        monkeypatch.setattr(app, "launch", lambda *_, **__: done.append("opened"))
+        monkeypatch.setattr(app, "load", load)
+        desk = Desk(None, About("x"))
+        with pytest.raises(SystemExit, match="cannot be loaded"):
+            app.serve(desk, app.parse([]))
+        assert done == ["opened", "closed"]
+        with pytest.raises(ValueError, match="could not be loaded"):
+            desk.model  # noqa: B018
+
     def test_without_gradio(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "gradio", None)
         assert app.main([]) == 1

@@ -176,6 +176,7 @@ def serve(desk: Any, args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
+        desk.close()
         app.close(verbose=False)
     return 0
 

@@ -129,10 +129,16 @@ class Desk:
         self._loaded.set()
         self.line.open()
 
+    def close(self) -> None:
+        """No model will come: who waits for it learns so."""
+        self._loaded.set()
+
     @property
     def model(self) -> Any:
-        """The model, once it is loaded."""
+        """The model, once it is loaded. Raises: ValueError: it could not be."""
         self._loaded.wait()
+        if self._model is None:
+            raise ValueError("the model could not be loaded")
         return self._model
 
     def answer(self, turns: Sequence[Turn], choices: Choices) -> Iterator[str]:
