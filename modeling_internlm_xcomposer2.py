@@ -65,8 +65,10 @@ class InternLMXComposer2PreTrainedModel(QuantisationMixin, CheckedLoadingMixin, 
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The tower's last norm is never read; the buffers are computed; task adapters may stay on disk.
+    # The tower's last norm is never read; the buffers are computed; task adapters may stay on disk; OmniLive's memory
+    # part reads its base's video_mem_proj.
     _keys_to_ignore_on_load_unexpected = [
+        r"^video_mem_proj\.",
         r"post_layernorm\.",
         r"position_ids$",
         r"rotary_emb\.inv_freq$",

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from xcomposer.article import FORMATS, Article, Composer, Pictures, Settings, export, file_name, finish, prompts, render
 from xcomposer.article.files import to_html, to_markdown
 from xcomposer.checkpoints import tiny
+from xcomposer.model.kinds_internlm_xcomposer2 import ARTICLE_STYLES
 
 
 def picture(number, size=(20, 12), form="PNG"):
@@ -422,6 +423,10 @@ def test_the_older_kind_composes(older):
     released = {token: number for number, token in enumerate(["[UNUSED_TOKEN_0]"], start=92397)}
     tokenizer = SimpleNamespace(convert_tokens_to_ids=released.__getitem__, unk_token_id=0)
     assert Composer(older, tokenizer)._of_style() == {"bos_once": True, "stop_token_ids": [92397]}
+
+
+def test_every_style_of_the_kinds_has_its_row():
+    assert tuple(prompts.STYLES) == ARTICLE_STYLES
 
 
 @pytest.mark.parametrize("kind", ["xcomposer2-vl", "xcomposer2-4khd", "xcomposer2d5-ol"])

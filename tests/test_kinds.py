@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import BOS_ID, GOLDEN, MARK, load
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, pipeline
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, pipeline
 
 from xcomposer import cli
 from xcomposer.checkpoints import adopt, export, inspect, merge, tiny
@@ -84,8 +84,9 @@ def test_a_kind_is_recognised_from_config_and_weights(kind_folder, kind, fmt):
 @pytest.mark.parametrize("kind", CHATTING)
 def test_a_kind_loads_saves_and_chats(kind_folder, tmp_path, kind):
     folder = kind_folder(kind)
-    model = load(folder)
-    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.eval().tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     answer = model.chat(None, f"{MARK}Look.", PICTURE, **GREEDY)[0]
     assert list(model.stream_chat(None, f"{MARK}Look.", PICTURE, **GREEDY))[-1][0] == answer
     queries, pictures_of = ["What is a tile?", f"{MARK}Look."], [None, PICTURE]

@@ -93,6 +93,16 @@ OF_KIND: dict[str, dict[str, Any]] = {
     },
 }
 
+# Tensors that a kind's release has beside the model's, with D for the decoder's width.
+BESIDE: dict[str, dict[str, tuple[int | str, ...]]] = {
+    "xcomposer2d5-ol": {
+        "video_mem_proj.0.weight": ("D", 1536),
+        "video_mem_proj.0.bias": ("D",),
+        "video_mem_proj.2.weight": ("D", "D"),
+        "video_mem_proj.2.bias": ("D",),
+    },
+}
+
 TRAINING_TEXT = (
     "A small model reads a picture, cuts it into square tiles, and answers a question about what it sees.",
     "Describe this image in detail. What is written on the sign, and how many people are waiting in line?",
@@ -362,10 +372,10 @@ def write_checkpoint(
     if rows < pieces:
         raise ValueError(f"vocab_size {rows} is smaller than the vocabulary of {pieces} pieces")
     fields = tiny_config(config, rows, str(DTYPES[dtype]).removeprefix("torch."), ids, kind)
-    weights = {
-        name: torch.from_numpy(seeded(name, shape)).to(DTYPES[dtype])
-        for name, shape in released_shapes({"kind": kind, **fields}).items()  # a release's config does not say its kind
-    }
+    shapes = released_shapes({"kind": kind, **fields})  # a release's config does not say its kind
+    for name, shape in BESIDE.get(kind, {}).items():
+        shapes[name] = tuple(fields["hidden_size"] if size == "D" else int(size) for size in shape)
+    weights = {name: torch.from_numpy(seeded(name, shape)).to(DTYPES[dtype]) for name, shape in shapes.items()}
 
     out.mkdir(parents=True, exist_ok=True)
     write_weights(out, weights, shards, fmt)
