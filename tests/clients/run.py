@@ -44,7 +44,9 @@ class Client(NamedTuple):
 
 def run(*command: object, folder: Path = REPO) -> None:
     """Run a command; raise a RuntimeError with its last lines if it fails."""
-    environment = {**os.environ, "DEMO": str(DEMO), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # more gain nothing on the demo, and wait for each other
+    own = {"DEMO": str(DEMO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONPATH": ""}
+    environment = {**os.environ, **own}
     done = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-3000:]}")
