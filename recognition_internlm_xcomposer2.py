@@ -30,6 +30,7 @@ from .weight_files_internlm_xcomposer2 import (
     WeightFiles,
     count,
     names_looked_for,
+    packing_of,
     read_json,
     some,
 )
@@ -376,25 +377,58 @@ class Unread:
         return self.weights.read(self.name, unpacked_dtype=torch.float32)[index]
 
 
+# Where a GPTQ release has packed linears, as transformers' quantiser wants it said.
+GPTQ_LINEARS: dict[str, Any] = {
+    "block_name_to_quantize": "model.language_model.layers",
+    "modules_in_block_to_quantize": [
+        [f"attention.{name}.linear" for name in ("wqkv", "wo")]
+        + [f"feed_forward.{name}.linear" for name in ("w1", "w3", "w2")]
+    ],
+}
+
+
 def keeps_packed(quantization_config: Any) -> bool:
     """Whether the caller asks transformers' own quantiser for a packed format."""
     method = getattr(quantization_config, "quant_method", None)
     return str(getattr(method, "value", method)) in ("gptq", "awq")
 
 
+def own_config(config_class: type, name_or_path: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A config to change, of arguments of a `from_pretrained`, and the other arguments."""
+    kwargs = dict(kwargs)
+    config = kwargs.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config), kwargs
+    path = name_or_path if config is None else config
+    quantization = {name: kwargs.pop(name) for name in ("quantization_config",) if name in kwargs}
+    config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    return config, {**kwargs, **quantization}
+
+
+def keeping_packed(
+    config_class: type, name_or_path: Any, weights: WeightFiles, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a `from_pretrained` by which transformers' own quantiser finds what a GPTQ release has packed.
+
+    Raises:
+        ValueError: weights in AWQ, whose names that quantiser does not find in this model.
+    """
+    if any(linear.layout != "GPTQ" for linear in weights.packed.values()):
+        raise ValueError(f"{name_or_path} is packed as AWQ: only GPTQ can stay packed; leave quantization_config out")
+    config, kwargs = own_config(config_class, name_or_path, kwargs)
+    stated = {name: value for name, value in packing_of(weights.folder).items() if value is not None}
+    config.quantization_config = {"quant_method": "gptq", **GPTQ_LINEARS, **stated}
+    config.transformers_weights = weights.files[0]  # transformers does not look for AutoGPTQ's names
+    return {**kwargs, "config": config}
+
+
 def unpacking(config_class: type, name_or_path: Any, weights: WeightFiles, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a `from_pretrained(None, ...)` that loads packed weights unpacked, each as its turn comes."""
-    kwargs = dict(kwargs)
-    config, quantization = kwargs.pop("config", None), kwargs.pop("quantization_config", None)
-    if isinstance(config, PreTrainedConfig):
-        config = copy.deepcopy(config)
-    else:
-        path = name_or_path if config is None else config
-        config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    config, kwargs = own_config(config_class, name_or_path, kwargs)
     if hasattr(config, "quantization_config"):  # it describes the files, and not the model that comes of them
         del config.quantization_config
     state = {name: Unread(weights, name) for name in weights.tensors}
-    return {**kwargs, "config": config, "quantization_config": quantization, "state_dict": state}
+    return {**kwargs, "config": config, "state_dict": state}
 
 
 class CheckedLoadingMixin:
@@ -409,8 +443,8 @@ class CheckedLoadingMixin:
     ):
         """transformers' `from_pretrained`, with errors where it warns or fails without a name.
 
-        Weights packed in 4 bits (GPTQ, AWQ) become full precision, unless `quantization_config` is a GPTQConfig or an
-        AwqConfig: then transformers' own quantiser reads them.
+        Weights packed in 4 bits (GPTQ, AWQ) become full precision. Under `quantization_config=GPTQConfig(...)` those
+        in GPTQ stay packed, and transformers' own quantiser runs them (it needs gptqmodel and optimum).
 
         Raises:
             ValueError: tensors that are missing, of another shape, or of integers; a file that is cut short; a head
@@ -419,11 +453,16 @@ class CheckedLoadingMixin:
         source, weights = name_or_path, None
         if name_or_path is not None and kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None:
             weights = check_stored(name_or_path, kwargs)
-        if weights is not None and weights.packed and not keeps_packed(kwargs.get("quantization_config")):
-            source, kwargs = None, unpacking(cls.config_class, name_or_path, weights, kwargs)
+        if weights is not None and weights.packed:
+            if keeps_packed(kwargs.get("quantization_config")):
+                kwargs = keeping_packed(cls.config_class, name_or_path, weights, kwargs)
+            else:
+                source, kwargs = None, unpacking(cls.config_class, name_or_path, weights, kwargs)
         model, info = super().from_pretrained(
             source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        if weights is not None and weights.packed and source is not None:
+            del model.config.transformers_weights  # it will be saved under another name
         if source is None and weights is not None and model.can_generate():
             if (weights.folder / GENERATION_CONFIG_NAME).is_file():
                 model.generation_config = GenerationConfig.from_pretrained(weights.folder)

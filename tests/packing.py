@@ -2,6 +2,8 @@
 
 GPTQ (AutoGPTQ): nibble k of row r of `qweight` is input 8 r + k; zero points lie along the outputs, in order, less one.
 AWQ (AutoAWQ, LMDeploy): nibble k of column c is output 8 c + (0, 2, 4, 6, 1, 3, 5, 7)[k], of weights and zero points.
+w4a16 (compressed-tensors, as `xcomposer quantise` writes it): nibble k of column c of output r is input 8 c + k, plus
+8; no zero points.
 """
 
 import json
@@ -11,6 +13,7 @@ import shutil
 import numpy as np
 import torch
 
+from xcomposer.checkpoints.quantise import LINEARS, SPARED
 from xcomposer.checkpoints.tiny import write_weights
 from xcomposer.model.weight_files_internlm_xcomposer2 import WeightFiles
 
@@ -34,23 +37,38 @@ def columns_to_ints(numbers, nibbles=range(8)):
     return torch.from_numpy(packed.view(np.int32).copy())
 
 
-def round_to_4_bits(weight, group):
-    """(out, in) -> numbers (in, out), zero points and fp16 scales (groups, out), and the weight they stand for."""
+def round_to_4_bits(weight, group, symmetric, dtype=torch.float16):
+    """(out, in) -> numbers (in, out), zero points and scales (groups, out) in `dtype`, the weight they stand for.
+
+    symmetric: every zero point is 8, as the GPTQ releases have it and vLLM's kernels read them.
+    """
     inputs = weight.float().T.numpy()
     grouped = inputs.reshape(-1, group, inputs.shape[1])
     low, high = np.minimum(grouped.min(1), 0), np.maximum(grouped.max(1), 0)
-    scales = np.ascontiguousarray(((high - low) / 15).astype(np.float16))
-    zeros = np.clip(np.rint(-low / scales.astype(np.float32)), 1, 15).astype(np.int64)
+    if symmetric:
+        high = np.maximum(-low, high)
+        low = -high
+    stored = torch.from_numpy((high - low) / 15).to(dtype).contiguous()
+    scales = stored.float().numpy()
+    zeros = np.clip(np.rint(-low / scales), 1, 15).astype(np.int64)
+    zeros = np.full_like(zeros, 8) if symmetric else zeros
     spread = lambda values: np.repeat(values, group, axis=0)  # noqa: E731
-    numbers = np.clip(np.rint(inputs / spread(scales.astype(np.float32))) + spread(zeros), 0, 15).astype(np.int64)
+    numbers = np.clip(np.rint(inputs / spread(scales)) + spread(zeros), 0, 15).astype(np.int64)
     plain = (numbers - spread(zeros)) * spread(scales.astype(np.float64))
-    return numbers, zeros, scales, torch.from_numpy(plain.T.astype(np.float32).copy())
+    return numbers, zeros, stored, torch.from_numpy(plain.T.astype(np.float32).copy())
 
 
-def pack(layout, weight, group):
+def pack(layout, weight, group, symmetric=False):
     """The parts of a packed linear by their endings, and the plain weight (out, in), fp32."""
-    numbers, zeros, scales, plain = round_to_4_bits(weight, group)
-    parts = {"scales": torch.from_numpy(scales).contiguous()}
+    if layout == "w4a16":
+        numbers, _, scales, plain = round_to_4_bits(weight, group, True, torch.bfloat16)
+        return {
+            "weight_packed": rows_to_ints(numbers).T.contiguous(),
+            "weight_scale": scales.T.contiguous(),
+            "weight_shape": torch.tensor(weight.shape),
+        }, plain
+    numbers, zeros, scales, plain = round_to_4_bits(weight, group, symmetric)
+    parts = {"scales": scales}
     if layout == "GPTQ":
         parts["qweight"] = rows_to_ints(numbers)
         parts["qzeros"] = columns_to_ints(zeros - 1)
@@ -61,7 +79,15 @@ def pack(layout, weight, group):
     return parts, plain
 
 
-def packed_checkpoint(source, out, layout, group=32):
+def compressed(group):
+    """`quantization_config` of compressed-tensors."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    scheme = {"format": "pack-quantized", "targets": [LINEARS], "weights": weights}
+    said = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": "pack-quantized"}
+    return {**said, "config_groups": {"group_0": scheme}, "ignore": SPARED}
+
+
+def packed_checkpoint(source, out, layout, group=32, symmetric=False):
     """Copies of `source` as released in `layout`, and as plain weights: two folders."""
     weights, packed, plain = WeightFiles(source), {}, {}
     for name in weights.tensors:
@@ -69,8 +95,8 @@ def packed_checkpoint(source, out, layout, group=32):
         if not LINEAR.match(name):
             packed[name] = plain[name] = tensor
             continue
-        parts, plain[name] = pack(layout, tensor, group)
-        stem = name.removesuffix(".weight") + (".linear" if layout == "GPTQ" else "")
+        parts, plain[name] = pack(layout, tensor, group, symmetric)
+        stem = name.removesuffix(".weight") + ("" if layout == "AWQ" else ".linear")
         packed.update({f"{stem}.{part}": values for part, values in parts.items()})
     folders = out / f"{layout} 4bit", out / f"{layout} plain"
     for folder in folders:
@@ -83,6 +109,9 @@ def packed_checkpoint(source, out, layout, group=32):
         said = {"bits": 4, "group_size": group, "damp_percent": 0.01, "desc_act": False, "sym": True}
         (folders[0] / "quantize_config.json").write_text(json.dumps(said))
         config["model_type"] = "internlm"
+    elif layout == "w4a16":
+        write_weights(folders[0], packed)
+        config["quantization_config"] = compressed(group)
     else:
         write_weights(folders[0], packed, shards=3, fmt="bin")
         said = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group, "zero_point": True}

@@ -13,7 +13,7 @@ import torch
 from conftest import REPO, load
 from packing import AWQ_NIBBLES, columns_to_ints, pack, packed_checkpoint, rows_to_ints
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, AwqConfig, GPTQConfig
 
 from xcomposer.checkpoints import adopt, inspect, merge, tiny
 from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
@@ -101,6 +101,25 @@ def test_a_packed_release_answers_as_its_plain_weights(folders, layout, picture)
     assert answers[0] == answers[1]
     assert packed.generation_config.eos_token_id == plain.generation_config.eos_token_id
     assert not hasattr(packed.config, "quantization_config")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
+def test_gptqmodel_keeps_it_packed(folders):
+    """Through transformers' own quantiser, on a CPU; partial LoRA stays as it is."""
+    settings = GPTQConfig(bits=4, group_size=32, desc_act=False, backend="torch")
+    packed = load(folders("GPTQ")[0], dtype=torch.float16, quantization_config=settings)
+    projection = packed.model.language_model.layers[0].attention.wqkv
+    assert type(projection.linear).__module__.startswith("gptqmodel.") and type(projection.Plora_A) is torch.nn.Linear
+    ids = torch.arange(5, 45)[None]
+    twin = load(folders("GPTQ")[1], dtype=torch.float16)
+    with torch.no_grad():
+        logits = [model(input_ids=ids, im_mask=ids > 20).logits.float() for model in (packed, twin)]
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[1].std()
+
+
+def test_awq_does_not_stay_packed(folders):
+    with pytest.raises(ValueError, match="packed as AWQ: only GPTQ can stay packed; leave quantization_config out"):
+        InternLMXComposer2ForCausalLM.from_pretrained(folders("AWQ")[0], quantization_config=AwqConfig(bits=4))
 
 
 def test_partial_lora_and_task_adapters_work_on_top(folders):

@@ -9,6 +9,7 @@ import torch
 from conftest import load
 from packing import packed_checkpoint
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from toyworld import calibration
@@ -135,6 +136,19 @@ def test_nf4_answers_as_when_quantised_while_loading(source, tmp_path):
         logits = [m(input_ids=ids, infer_mode=mode).logits for m in (model, loaded)]
         assert torch.equal(*logits), (mode, (logits[0] - logits[1]).abs().max())
     assert (out / "tokenizer.model").is_file() and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors")
+@pytest.mark.parametrize("part, cut", [("weight_packed", (slice(None), slice(3))), ("weight_scale", (slice(5),))])
+def test_a_written_tensor_of_an_impossible_shape_is_named(part, cut, source, tmp_path):
+    folder, _ = packed_checkpoint(source, tmp_path, "w4a16")
+    tensors, name = load_file(folder / "model.safetensors"), f"model.layers.0.attention.wqkv.linear.{part}"
+    due = tuple(tensors[name].shape)
+    tensors[name] = tensors[name][cut].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        load(folder, dtype="auto")
+    assert f"{name} is {tuple(tensors[name].shape)}, not {due}" in str(error.value)
 
 
 def refused(capsys, *arguments):

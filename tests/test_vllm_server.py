@@ -1,11 +1,11 @@
 """Serving on vLLM, as far as it goes without vLLM: the adapter cache, the command, refusals."""
 
-import json
 import shutil
 import sys
 
 import pytest
 import torch
+from packing import packed_checkpoint
 from released import write_released
 from safetensors.torch import load
 from transformers import AutoConfig
@@ -100,15 +100,19 @@ def test_a_failed_export_leaves_nothing(folder, monkeypatch):
     assert [path for path in cache_folder().rglob("*") if path.is_file() or path.name == "web"] == []
 
 
-def test_what_a_checkpoint_offers(folder, tmp_path, capsys):
+def test_what_a_checkpoint_offers(folder, tmp_path):
     assert list(vllm_server.task_adapters(folder)) == ["web", "write"]
     merged = merge(folder, tmp_path / "merged", "web", progress=False)
     assert vllm_server.task_adapters(merged) == {}
-    quantised = shutil.copytree(folder, tmp_path / "quantised")
-    fields = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps({**fields, "quantization_config": {"quant_method": "x"}}))
-    assert vllm_server.task_adapters(quantised) == {}
-    assert "without web, write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["AWQ", "w4a16"])
+def test_a_quantised_checkpoint_offers_its_adapters(layout, folder, tmp_path):
+    """They are not quantised, and the same as those of its full-precision twin."""
+    offered = [vllm_server.task_adapters(path) for path in packed_checkpoint(folder, tmp_path, layout)]
+    for task in ("web", "write"):
+        packed, plain = (tensors_of(folders[task]) for folders in offered)
+        assert packed.keys() == plain.keys() and all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
 def test_options_of_adapters(folder):

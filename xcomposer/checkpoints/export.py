@@ -24,7 +24,6 @@ from xcomposer.checkpoints.merge import (
     Checkpoint,
     chosen_pairs,
     new_folder,
-    read_config,
     write_json,
 )
 
@@ -107,8 +106,7 @@ def export(source: Path, target: Path, task: str, base: str | None = None, progr
             one folder.
         FileNotFoundError: no weights in `source`. FileExistsError: `target` has files in it.
     """
-    checkpoint = Checkpoint(source)
-    read_config(source)
+    checkpoint = Checkpoint(source)  # it may be quantised: adapters are not
     pairs = checkpoint.adapter_pairs()
     layers = len({linear.rsplit(".", 2)[0] for linear in pairs})
     chosen = chosen_pairs(task, pairs)

@@ -34,6 +34,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 # `model.layers.0.attention.wqkv.lora_web_A.weight`: the linear, the adapter, the side.
 ADAPTER_NAME = re.compile(r"^(?P<linear>.+)\.lora_(?P<adapter>[a-z0-9]+)_(?P<side>[AB])\.weight$")
+# `model.layers.0.attention.wqkv.linear.weight_packed`, as `xcomposer quantise` writes it: all after the linear's name.
+QUANTISED_NAME = re.compile(r"(\.linear)?\.weight(_packed)?$")
 
 Pairs = dict[str, dict[str, tuple[str, str]]]  # linear -> adapter -> names of its A and B
 
@@ -74,9 +76,10 @@ class Checkpoint(WeightFiles):
         for name in self.tensors:
             if match := ADAPTER_NAME.match(name):
                 sides.setdefault((match["linear"], match["adapter"]), {})[match["side"]] = name
+        linears = {QUANTISED_NAME.sub("", name) for name in self.tensors}
         pairs: Pairs = {}
         for (linear, adapter), found in sides.items():
-            if len(found) != 2 or f"{linear}.weight" not in self.tensors:
+            if len(found) != 2 or linear not in linears:
                 here = ", ".join(found.values())
                 raise ValueError(f"adapter {adapter!r} of {linear} is incomplete: the checkpoint has {here} alone")
             pairs.setdefault(linear, {})[adapter] = (found["A"], found["B"])

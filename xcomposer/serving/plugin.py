@@ -8,6 +8,7 @@ of other families are left alone.
 """
 
 import functools
+import json
 import logging
 import pkgutil
 from collections.abc import Callable
@@ -65,11 +66,41 @@ def begin_text(self: Any, library: Callable, prompt: Any, params: Any) -> Any:
     return {**tokens, "prompt_token_ids": [bos] * max(missing, 0) + ids}
 
 
+# What vLLM must know of a release in 4 bits and the release does not say, by `quant_method`: which linears are packed.
+PACKED: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "desc_act": False,
+        "sym": True,
+        "modules_in_block_to_quantize": [f"{name}.linear" for name in ("wqkv", "wo", "w1", "w2", "w3")],
+    },
+    "awq": {"modules_to_not_convert": ["vision_tower", "vision_proj", "Plora_", "task_", "lm_head"]},
+}
+
+
+def name_packed_linears(self: Any, library: Callable) -> Any:
+    """vLLM's facts of a model, after `quantization_config` tells its GPTQ or AWQ reader where the packed linears are.
+
+    Releases in GPTQ say what they are in `quantize_config.json` alone.
+    """
+    from xcomposer.model.recognition_internlm_xcomposer2 import PACKED_SETTINGS, hub_file
+
+    config = self.hf_config
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        beside = hub_file(self.model, PACKED_SETTINGS, {"revision": self.revision})
+        settings = None if beside is None else {"quant_method": "gptq", **json.loads(beside.read_text("utf-8"))}
+    if isinstance(settings, dict) and settings.get("quant_method") in PACKED:
+        stated = {name: value for name, value in settings.items() if value is not None}
+        config.quantization_config = {**PACKED[stated["quant_method"]], **stated}
+    return library(self)
+
+
 # Methods of vLLM's classes, and what they do for this family; vLLM has no hook where these are decided.
 METHODS: dict[str, dict[str, Callable]] = {
     "vllm.config:ModelConfig": {
         "get_and_verify_max_len": allow_any_length,
         "try_get_generation_config": end_turns,
+        "get_model_arch_config": name_packed_linears,
     },
     "vllm.renderers:BaseRenderer": {"_tokenize_prompt": begin_text},
 }

@@ -4,6 +4,7 @@ vLLM builds the decoder's attention and the head itself, and replaces every `nn.
 decoder through M-RoPE positions (`InternLMXComposer2Model.get_rope_index`). Registered by `xcomposer.serving.plugin`.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,11 @@ from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCa
 from xcomposer.model.processing_internlm_xcomposer2 import hd_num_of
 from xcomposer.register import register_classes
 
+# Parts of a packed linear, which AWQ releases write as the linear's own; vLLM's kernels take groups in order alone.
+PACKED_NAMES: dict[re.Pattern, str | None] = {
+    re.compile(r"\.(wqkv|wo|w1|w2|w3)\.(qweight|qzeros|scales)$"): r".\1.linear.\2",
+    re.compile(r"\.g_idx$"): None,
+}
 LARGEST_FRAME = 1120  # side of a square frame: no other shape gives a video more tiles
 
 
@@ -100,6 +106,10 @@ class XComposerMixin:
     def __init__(self, *, vllm_config, prefix: str = ""):
         with auto_model_without_head():
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def _create_hf_to_vllm_mapper(self) -> None:
+        super()._create_hf_to_vllm_mapper()
+        self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_regex=PACKED_NAMES)
 
     def _patch_config(self) -> None:
         """vLLM's changes to the config, and none of the checkpoint's task adapters, which it could not switch."""

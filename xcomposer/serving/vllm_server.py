@@ -44,18 +44,11 @@ def local_folder(model: str) -> Path:
 
 def task_adapters(source: Path) -> dict[str, Path]:
     """PEFT folders of the checkpoint's own task adapters, by task; {} where it has none that can be served."""
-    from xcomposer.checkpoints.merge import Checkpoint, read_config
+    from xcomposer.checkpoints.merge import Checkpoint
 
     from .adapter_cache import exported, tasks_of
 
     tasks = tasks_of(Checkpoint(source).adapter_pairs())
-    if not tasks:
-        return {}
-    try:
-        read_config(source)
-    except ValueError as error:  # quantised
-        print(f"serve: {NAME} alone, without {', '.join(tasks)}: {error}", file=sys.stderr)
-        return {}
     folders = {task: exported(source, task) for task in tasks}
     for task in [task for task, folder in folders.items() if rank_of(folder) > LORA_RANKS[-1]]:
         print(f"serve: without {task}: of rank {rank_of(folders.pop(task))}, above vLLM's 512; xcomposer merge puts it "
