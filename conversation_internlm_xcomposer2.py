@@ -322,7 +322,6 @@ class ConversationMixin:
             prefixes = stamp_of(parts, names, (*pictures.circumstances, *about, code))
         except Unseen as error:
             logger.warning_once(f"nothing is kept between turns: {error} cannot be compared from one call to the next")
-            self.reuse.clear()
             return None, None
         # A merged adapter's weights come and go: they are another part, not the end of the plain ones.
         merged = tuple(((name, self._merged_mode), content) for name, content in prefixes.contents)

@@ -488,7 +488,11 @@ def test_what_may_change_unseen_switches_reuse_off(model, what):
         assert not torch.allclose(before, changed)
         assert model.reuse.nbytes() == 0
     hidden(model)
-    assert model.reuse.nbytes() > 0
+    held = model.reuse.nbytes()
+    assert held > 0
+    with SWITCHED[what](model, switch):
+        hidden(model)
+    assert model.reuse.nbytes() == held  # good again, now that it is gone
 
 
 TOTALS = {"rows": 0}
