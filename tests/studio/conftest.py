@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -24,17 +25,22 @@ WAIT_MS = 30_000  # for anything to appear, on a machine with other work
 
 
 class Paced:
-    """A model that can be made slow: `seconds` for each token."""
+    """A model that can be made slow: `seconds` for each token; who is at one goes on at once when it is fast again."""
 
     def __init__(self, model):
-        self.model, self.seconds, self.steps = model, 0.0, 0
+        self.model, self.seconds, self.changed = model, 0.0, threading.Condition()
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
+    def slow(self, seconds):
+        with self.changed:
+            self.seconds = seconds
+            self.changed.notify_all()
+
     def pace(self, ids, scores):
-        self.steps += 1
-        time.sleep(self.seconds)
+        with self.changed:
+            self.changed.wait_for(lambda: not self.seconds, self.seconds)
         return scores
 
     def stream_chat(self, *args, **kwargs):
@@ -68,8 +74,8 @@ def paced(demo_model):
 @pytest.fixture
 def slow(paced):
     """Call it with the seconds that a token takes from now on."""
-    yield lambda seconds: setattr(paced, "seconds", seconds)
-    paced.seconds = 0.0
+    yield paced.slow
+    paced.slow(0.0)
 
 
 @pytest.fixture(scope="session")
