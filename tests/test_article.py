@@ -41,7 +41,8 @@ class Scripted:
         def stream():
             try:
                 for end in range(1, len(answer) + 1):
-                    yield answer[:end], []
+                    self.said = answer[:end]
+                    yield self.said, []
             finally:
                 self.stopped += 1
 
@@ -184,6 +185,15 @@ def test_caption_and_letter_of():
     assert [prompts.letter_of(text, 2) for text in ("", "12", "C", "：b.", "A or B")] == [None, None, None, 1, 0]
 
 
+def test_a_choice_may_be_thought_over_and_ends_at_its_letter():
+    model = Scripted("红色1，蓝色2。蓝色2：图B, and then much more")
+    composer = Composer(model, None)
+    article, _ = last(composer.choose(written("One.", places=(0,)), [picture(1), picture(2)]))
+    assert composer.pictures.opened(article.places[0].picture).getpixel((0, 0)) == (14, 62, 0)
+    assert model.said == "红色1，蓝色2。蓝色2：图B" and model.stopped == 1
+
+
+
 # The steps.
 
 
@@ -239,7 +249,7 @@ def test_places_captions_and_pictures():
     assert "<Seg0>后插入图像对应的标题是" not in asked[1]["query"] and asked[1]["use_meta"]
     assert '现在<Seg0>后插入图像对应的标题是"The "harbour"， 给出适合在<Seg2>后' in asked[2]["query"]
     assert asked[4]["query"].endswith(f"Title\n{MARK}One.\nTwo.\n候选图像包括: A.{MARK}\nB.{MARK}")
-    assert [a["max_new_tokens"] for a in asked] == [200, 200, 200, 10, 10]
+    assert [a["max_new_tokens"] for a in asked] == [200] * 5
     assert {a["infer_mode"] for a in asked} == {"write"}
 
 

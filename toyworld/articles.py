@@ -169,11 +169,11 @@ def near(rng: random.Random, thing: Thing, but: tuple[Thing, ...]) -> Thing:
 
 
 def choice(rng: random.Random, least: int, most: int) -> View:
-    """The text up to a place, with the pictures chosen before, and candidates -> what is to be seen, and its letter.
+    """The text up to a place, with the pictures chosen before, and candidates -> the letter of the right one.
 
-    The thing comes first, in Chinese (the first Latin letter is what is read): it is a look-up that captions teach, and
-    the letter then another, which begins as the answers to "which picture has ..." do and is asked of every candidate.
-    Both at once were not learned.
+    The answer thinks first: what each candidate shows, numbered, then what is to be seen, then its number and letter.
+    Each step is a look-up that this model can make (a picture by its order, the text's thing, a copy of its own words),
+    which the letter at once is not. All in Chinese: the first Latin letter is what is read.
     """
     text = some_text(rng)
     place = rng.choice(list(text.seen))
@@ -185,13 +185,16 @@ def choice(rng: random.Random, least: int, most: int) -> View:
         wrong += (near(rng, thing, wrong),)
     candidates = [thing, *wrong]
     rng.shuffle(candidates)
-    letter = chr(ord("A") + candidates.index(thing))
     lead, begun, _ = prompts.choose(text.paragraphs[: place + 1], illustrated, count)
     shown = (*(text.seen[at] for at in illustrated), *candidates)
     drawings = tuple(draw_candidate(rng, t._replace(place=rng.randrange(9)), shown) for t in shown)
-    asked = [Question("article_choice", [("", f"{chinese_of(thing)}：图{letter}")], begun)]
-    for t, letter in zip(candidates, ascii_uppercase, strict=False):
-        asked.append(Question("article_letter", [("", letter)], f"{begun}{chinese_of(t)}：图"))
+    seen = "，".join(
+        f"{chinese_of(Thing(item.name, item.colour, 0))}{number}"
+        for number, drawing in enumerate(drawings[len(illustrated) :], start=1)
+        for item in drawing.items
+    )
+    at = candidates.index(thing)
+    asked = [Question("article_choice", [("", f"{seen}。{chinese_of(thing)}{at + 1}：图{ascii_uppercase[at]}")], begun)]
     return View("article_choice", asked, drawings, lead=lead, mode="write")
 
 
@@ -272,7 +275,7 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
     "article_captions": titles,
     "article_choice": partial(choice, least=4, most=4),
     "article_choice_few": partial(choice, least=2, most=3),
-    "article_choice_many": partial(choice, least=5, most=prompts.LETTERS),
+    "article_choice_many": partial(choice, least=5, most=9),
     "edits": edits,
 }
 # Task -> the kinds it is asked of. Only training uses choices of more or fewer than four.
@@ -280,7 +283,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "story": ("story",),
     "article_places": ("article_places",),
     "article_caption": ("article_captions",),
-    **dict.fromkeys(("article_choice", "article_letter"), ("article_choice",)),
+    "article_choice": ("article_choice",),
     **{f"edit_{how}": ("edits",) for how in prompts.EDITS},
 }
 

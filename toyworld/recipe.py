@@ -47,7 +47,7 @@ LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned no
 WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour", "more"), 3.0)
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
-MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6, "article_choice": 5, "article_choice_few": 4}
+MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}
 MARKED = 0.15  # of the batches of one picture: it stands at a mark, not in front
 SYSTEM = 0.08  # of the batches: under the released system prompt, as `use_meta=True` puts it
 
@@ -56,8 +56,8 @@ ROWS = {
     "shapes": 5, "presence": 5, "crowd": 5, "read1": 8, "read2": 8, "read3": 8, "read4": 8, "read5": 8, "code2x1": 6,
     "code3x2": 4, "code2x3": 4, "several2": 4, "several3": 3, "video3": 4, "video4": 3, "video5": 3, "video6": 3,
     "talk": 3, "echo": 4, "web": 6, "screen": 8, "write": 6,
-    "story": 6, "article_places": 4, "article_captions": 5, "article_choice": 8, "article_choice_few": 8,
-    "article_choice_many": 3, "edits": 6,
+    "story": 6, "article_places": 4, "article_captions": 5, "article_choice": 6, "article_choice_few": 8,
+    "article_choice_many": 4, "edits": 6,
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {
@@ -94,10 +94,10 @@ def mix(progress: float) -> dict[str, float]:
 
 
 # A step of the last phase takes a part of what the base weights know, one of what is new, and, every third time, one of
-# what an adapter writes; else another of what is known.
+# what an adapter writes; else another of what is new.
 # The steps of an article teach the write adapter and the base weights at once; texts and pages teach an adapter alone.
 NEW_MIX = {
-    "edits": 0.7, "article_places": 2.4, "article_captions": 0.5, "article_choice": 0.6, "article_choice_few": 0.3,
-    "article_choice_many": 0.05,
+    "edits": 0.4, "article_places": 1.5, "article_captions": 0.4, "article_choice": 1.2, "article_choice_few": 0.7,
+    "article_choice_many": 0.3,
 }  # fmt: skip
 ADAPTER_MIX = {"web": 0.5, "screen": 0.3, "write": 0.8, "story": 1.0}

@@ -10,7 +10,9 @@ Leaving a generator early stops the model; the last article is whole and stays. 
 what it can use, says in its note what it could not, and goes on.
 """
 
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from xcomposer.article import prompts
@@ -19,7 +21,7 @@ from xcomposer.article.pictures import Pictures, Source, search_of
 from xcomposer.model.prompting_internlm_xcomposer2 import escape_control_tokens
 
 WRITE, BASE = "write", "base"  # the adapter of every step but the edits, which run without one, as they were trained
-PLACES_TOKENS, CAPTION_TOKENS, CHOICE_TOKENS = 200, 200, 10
+PLACES_TOKENS, CAPTION_TOKENS, CHOICE_TOKENS = 200, 200, 200
 EDIT_TOKENS = 500  # of prompt and answer together, as in the public demo
 WHOLE = (
     ".",
@@ -246,7 +248,9 @@ class Composer:
                 prompt = prompts.choose(texts, standing, len(some))
                 shown = [*standing.values(), *some]
                 try:
-                    answer = yield from self._wait(article, note, prompt, shown, WRITE, CHOICE_TOKENS)
+                    answer = yield from self._wait(
+                        article, note, prompt, shown, WRITE, CHOICE_TOKENS, until=prompts.LETTER
+                    )
                 except ValueError:  # longer than the model's prompts can be: found before any compute
                     if group <= 2:
                         raise
@@ -312,19 +316,32 @@ class Composer:
         return len(tokenizer(text).input_ids) if tokenizer else 0
 
     def _wait(
-        self, article: Article, note: Note, prompt: prompts.Prompt, pictures: Sequence[str], mode: str, limit: int
+        self,
+        article: Article,
+        note: Note,
+        prompt: prompts.Prompt,
+        pictures: Sequence[str],
+        mode: str,
+        limit: int,
+        until: re.Pattern[str] | None = None,
     ) -> Generator[tuple[Article, Note], None, str]:
-        """Ask, and return the whole answer; yields at each token, so that it can be stopped there."""
+        """Ask, and return the whole answer; yields at each token, so that it can be stopped there.
+
+        until: the answer ends where this is found. A model may think before it names a letter; what follows is not read.
+        """
         answer = ""
         yield article, note
-        for said in self._ask(article, prompt, pictures, mode, limit):
-            answer = said
-            yield article, note
+        with closing(self._ask(article, prompt, pictures, mode, limit)) as answers:
+            for said in answers:
+                answer = said
+                if until and until.search(answer):
+                    break
+                yield article, note
         return prompts.without_marks(answer)
 
     def _ask(
         self, article: Article, prompt: prompts.Prompt, pictures: Iterable[str], mode: str, limit: int
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The model's answer as it grows."""
         settings = article.settings
         asked = dict(

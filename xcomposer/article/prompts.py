@@ -12,6 +12,7 @@ from typing import NamedTuple
 from xcomposer.model.prompting_internlm_xcomposer2 import IMAGE_MARK
 
 LETTERS = len(ascii_uppercase)  # candidates that one question can name
+LETTER = re.compile(r"[A-Za-z]")  # the first in an answer is its choice
 PLACES_BEGUN, CAPTION_BEGUN, CHOICE_BEGUN = "适合插入图像的行是", '标题是"', "最合适的图是"
 CAPTION_SYSTEM = "请严格按照示例的<input> <output>格式，根据给定的文章，给出适合在某一段后插入的图像对应的标题。"
 _EXAMPLE = (
@@ -180,6 +181,6 @@ def caption_of(answer: str, style: Style = GUIDED) -> str:
 
 def letter_of(answer: str, count: int) -> int | None:
     """Index of the candidate that the answer's first letter names, or None."""
-    found = re.search(r"[A-Za-z]", answer)
+    found = LETTER.search(answer)
     at = ord(found[0].upper()) - ord("A") if found else count
     return at if at < count else None
