@@ -193,7 +193,6 @@ def test_a_choice_may_be_thought_over_and_ends_at_its_letter():
     assert model.said == "红色1，蓝色2。蓝色2：图B" and model.stopped == 1
 
 
-
 # The steps.
 
 

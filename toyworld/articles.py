@@ -171,9 +171,10 @@ def near(rng: random.Random, thing: Thing, but: tuple[Thing, ...]) -> Thing:
 def choice(rng: random.Random, least: int, most: int) -> View:
     """The text up to a place, with the pictures chosen before, and candidates -> the letter of the right one.
 
-    The answer thinks first: what each candidate shows, numbered, then what is to be seen, then its number and letter.
-    Each step is a look-up that this model can make (a picture by its order, the text's thing, a copy of its own words),
-    which the letter at once is not. All in Chinese: the first Latin letter is what is read.
+    The answer thinks first: numbers with what each candidate shows, what is to be seen, then its number and letter.
+    Each step is a look-up that this model can make (a picture by its order, the text's thing, its own words), which the
+    letter at once is not. The number stands in front, so that thing and number meet where a later thing looks for them;
+    and it is asked of every thing. All in Chinese: the first Latin letter is what is read.
     """
     text = some_text(rng)
     place = rng.choice(list(text.seen))
@@ -188,14 +189,33 @@ def choice(rng: random.Random, least: int, most: int) -> View:
     lead, begun, _ = prompts.choose(text.paragraphs[: place + 1], illustrated, count)
     shown = (*(text.seen[at] for at in illustrated), *candidates)
     drawings = tuple(draw_candidate(rng, t._replace(place=rng.randrange(9)), shown) for t in shown)
-    seen = "，".join(
-        f"{chinese_of(Thing(item.name, item.colour, 0))}{number}"
+    shows = [
+        (number, chinese_of(Thing(item.name, item.colour, 0)))
         for number, drawing in enumerate(drawings[len(illustrated) :], start=1)
         for item in drawing.items
-    )
-    at = candidates.index(thing)
-    asked = [Question("article_choice", [("", f"{seen}。{chinese_of(thing)}{at + 1}：图{ascii_uppercase[at]}")], begun)]
+    ]
+    listed = "，".join(f"{number}{name}" for number, name in shows)
+    ends = {name: f"{number}：图{ascii_uppercase[number - 1]}" for number, name in shows}
+    asked = [Question("article_choice", [("", f"{listed}。{chinese_of(thing)}{ends[chinese_of(thing)]}")], begun)]
+    asked += [Question("article_letter", [("", end)], f"{begun}{listed}。{name}") for name, end in ends.items()]
+    again = "，".join(f"{name}{number}" for number, name in sorted(shows, key=lambda show: show[1]))
+    asked.append(Question("article_index", [("", again)], f"{begun}{listed}；"))
     return View("article_choice", asked, drawings, lead=lead, mode="write")
+
+
+def index(rng: random.Random) -> View:
+    """What a choice ends with, many times and without pictures: numbered things -> each again, sorted, and its number.
+
+    Neighbours differ in colour or shape alone, so that both must be looked for.
+    """
+    things: tuple[Thing, ...] = (some_thing(rng),)
+    while len(things) < 9:
+        things += (near(rng, rng.choice(things), things),)
+    number = {t: k for k, t in enumerate(rng.sample(things, len(things)), start=1)}
+    listed = "，".join(f"{k}{chinese_of(t)}" for t, k in number.items())
+    again = "，".join(f"{name}{k}" for name, k in sorted((chinese_of(t), k) for t, k in number.items()))
+    asked = Question("article_index", [("", again)], f"{prompts.CHOICE_BEGUN}{listed}；")
+    return View("article_index", [asked], mode="write")
 
 
 def rewritten(paragraph: str, material: str) -> str:
@@ -276,6 +296,7 @@ KINDS: dict[str, Callable[[random.Random], View]] = {
     "article_choice": partial(choice, least=4, most=4),
     "article_choice_few": partial(choice, least=2, most=3),
     "article_choice_many": partial(choice, least=5, most=9),
+    "article_index": index,
     "edits": edits,
 }
 # Task -> the kinds it is asked of. Only training uses choices of more or fewer than four.
@@ -283,7 +304,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "story": ("story",),
     "article_places": ("article_places",),
     "article_caption": ("article_captions",),
-    "article_choice": ("article_choice",),
+    **dict.fromkeys(("article_choice", "article_letter"), ("article_choice",)),
+    "article_index": ("article_index", "article_choice"),
     **{f"edit_{how}": ("edits",) for how in prompts.EDITS},
 }
 

@@ -44,10 +44,16 @@ NAMED = 0.5  # weight of the names of image tokens within the dense loss
 COLLAGES = 8  # tiles a step that carry dense labels alone
 LENGTH_POWER = -0.5  # an answer of n tokens weighs n ** 0.5: neither drowned nor drowning
 # What an answer weighs beside that; 1 where nothing is said. One token says it all here, and it is learned last.
-WORTH = dict.fromkeys(("exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour", "more"), 3.0)
+WORTH = dict.fromkeys((
+    "exists", "exists_shape", "exists_colour", "which", "which_shape", "which_colour", "more", "article_letter",
+    "article_index",
+), 3.0)  # fmt: skip
 PARTS = 3  # kinds in one step
 QUESTIONS = 4  # of a picture, at most
-MORE_QUESTIONS = {"presence": 10, "several2": 6, "several3": 6}
+MORE_QUESTIONS = {
+    "presence": 10, "several2": 6, "several3": 6, "article_choice": 8, "article_choice_few": 5,
+    "article_choice_many": 6,
+}  # fmt: skip
 MARKED = 0.15  # of the batches of one picture: it stands at a mark, not in front
 SYSTEM = 0.08  # of the batches: under the released system prompt, as `use_meta=True` puts it
 
@@ -57,14 +63,14 @@ ROWS = {
     "code3x2": 4, "code2x3": 4, "several2": 4, "several3": 3, "video3": 4, "video4": 3, "video5": 3, "video6": 3,
     "talk": 3, "echo": 4, "web": 6, "screen": 8, "write": 6,
     "story": 6, "article_places": 4, "article_captions": 5, "article_choice": 6, "article_choice_few": 8,
-    "article_choice_many": 4, "edits": 6,
+    "article_choice_many": 4, "article_index": 24, "edits": 6,
 }  # fmt: skip
 # What a question weighs against the others of its view when some are drawn; 1 where nothing is said.
 PICKED = {
     **dict.fromkeys(("position", "position.zh", "exists", "exists.zh"), 2.0),
     **dict.fromkeys(("exists_shape", "exists_shape.zh", "exists_colour", "exists_colour.zh"), 1.5),
     **dict.fromkeys(("which", "which.zh", "which_shape", "which_colour", "video", "more"), 2.0),
-    **dict.fromkeys(("list", "list.zh"), 4.0), "follow": 1.5,
+    **dict.fromkeys(("list", "list.zh"), 4.0), "follow": 1.5, "article_choice": 3.0, "article_index": 3.0,
     **dict.fromkeys(("count_of", "count_of.zh", "places", "places.zh"), 0.5),
 }  # fmt: skip
 # Every picture of the base phase's first part is described as well, in one of these ways. A description is one look-up
@@ -93,11 +99,11 @@ def mix(progress: float) -> dict[str, float]:
     }
 
 
-# A step of the last phase takes a part of what the base weights know, one of what is new, and, every third time, one of
-# what an adapter writes; else another of what is new.
+# A step of the last phase takes a part of what the base weights know (every other time: of what is new), one of what is
+# new, and, every third time, one of what an adapter writes; else another of what is new.
 # The steps of an article teach the write adapter and the base weights at once; texts and pages teach an adapter alone.
 NEW_MIX = {
-    "edits": 0.4, "article_places": 1.5, "article_captions": 0.4, "article_choice": 1.2, "article_choice_few": 0.7,
-    "article_choice_many": 0.3,
+    "edits": 0.4, "article_places": 0.8, "article_captions": 0.4, "article_choice": 2.0, "article_choice_few": 0.2,
+    "article_choice_many": 0.1, "article_index": 0.8,
 }  # fmt: skip
 ADAPTER_MIX = {"web": 0.5, "screen": 0.3, "write": 0.8, "story": 1.0}

@@ -69,7 +69,8 @@ class Source:
             kinds = rng.choices(list(weights), list(weights.values()), k=recipe.PARTS)
             return [self.batch(kind, rng, progress < recipe.DESCRIBED_UNTIL) for kind in kinds]
         known = recipe.mix(1.0)
-        mixes = (known, recipe.NEW_MIX, recipe.ADAPTER_MIX if number % 3 == 0 else recipe.NEW_MIX)
+        new, written = recipe.NEW_MIX, recipe.ADAPTER_MIX
+        mixes = (known if number % 2 else new, new, new if number % 3 else written)
         return [self.batch(*rng.choices(list(mix), list(mix.values())), rng) for mix in mixes]
 
     def collages(self, phase: str, number: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -327,7 +327,7 @@ class Composer:
     ) -> Generator[tuple[Article, Note], None, str]:
         """Ask, and return the whole answer; yields at each token, so that it can be stopped there.
 
-        until: the answer ends where this is found. A model may think before it names a letter; what follows is not read.
+        until: the answer ends where this is found. A model may think before it names a letter; the rest is not read.
         """
         answer = ""
         yield article, note
