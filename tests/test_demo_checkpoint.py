@@ -172,8 +172,8 @@ def test_an_illustrated_article_from_a_sentence(demo, tmp_path):
     article = finish(composer.illustrate(article, DEMO / "pictures" / "candidates"))
     assert [place.caption for place in article.places] == ["a red circle", "a blue star"]
     first, second = (place.picture for place in article.places)
-    candidates = DEMO / "pictures" / "candidates"
-    assert [first, second] == [composer.pictures.add(candidates / f"{name}.png") for name in ("red-circle", "blue-star")]
+    files = [DEMO / "pictures" / "candidates" / f"{name}.png" for name in ("red-circle", "blue-star")]
+    assert [first, second] == [composer.pictures.add(file) for file in files]
     first = article.paragraphs[1].block
     edited = finish(composer.edit(article, first, "expand", "a green ring"))
     assert {"red circle", "green ring", "Miro"} <= facts(edited.block(first).text)

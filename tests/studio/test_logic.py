@@ -422,7 +422,7 @@ class TestDesk:
 
     def test_about(self, tmp_path):
         about = About.of_folder(DEMO)
-        assert all((DEMO / name).is_file() for each in about.chat for name in each["files"])
+        assert all((DEMO / name).is_file() for each in about.chat + about.article for name in each["files"])
         assert About.of_folder(tmp_path).chat == []
         (tmp_path / "studio.json").write_text('{"colour": 1}')
         with pytest.raises(ValueError, match="studio.json cannot be read"):

@@ -122,6 +122,7 @@ def launch(app: Any, args: argparse.Namespace, **options: Any):
         enable_monitoring=False,
         ssr_mode=False,
         pwa=False,
+        _frontend=False,  # no question to its own address, whose answer may be late on a busy machine or go to a proxy
         **options,
     )
 

@@ -74,8 +74,6 @@ class ArticleTab:
                 self.instruction = label(
                     gr.Textbox(lines=4, max_lines=12), label="instruction", placeholder="article_placeholder"
                 )
-                if about.article:
-                    gr.Examples([[example] for example in about.article], [self.instruction], label="")
                 self.count = label(gr.Dropdown(_counts("en"), value=-1, filterable=False), label="count")
                 with gr.Row():
                     self.compose = label(gr.Button(variant="primary", min_width=110), value="compose")
@@ -91,6 +89,12 @@ class ArticleTab:
                     ),
                     label="candidates",
                 )  # fmt: skip
+                if about.article:
+                    gr.Examples(
+                        [[example["text"], example["files"]] for example in about.article],
+                        [self.instruction, self.gallery],
+                        label="",
+                    )
                 self.offered = gr.HTML(elem_classes="line")
                 with label(gr.Accordion(open=False), label="material"):
                     self.material = gr.File(show_label=False, label="Material", height=110, **pictures)

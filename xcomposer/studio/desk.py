@@ -84,7 +84,7 @@ class About:
     page: list[str] = field(default_factory=list)
     resume: str = ""
     screenshot: str = ""
-    article: list[str] = field(default_factory=list)
+    article: list[dict] = field(default_factory=list)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "About":
@@ -96,7 +96,7 @@ class About:
             about = cls(folder.resolve().name, **json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-        for example in about.chat:
+        for example in (*about.chat, *about.article):
             example["files"] = [str(folder / name) for name in example.get("files", ())]
         for name in ("resume", "screenshot"):
             if getattr(about, name):
