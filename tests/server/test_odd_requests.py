@@ -38,6 +38,8 @@ BAD_FIELDS = {
     "stream": FLAGS,
     "logprobs": FLAGS,
     "use_meta": FLAGS,
+    "continue_final_message": [*FLAGS, True],  # the last message is not the assistant's
+    "add_generation_prompt": [*FLAGS, False],
     "user": TEXTS,
     "safety_identifier": TEXTS,
     "prompt_cache_key": TEXTS,
