@@ -145,7 +145,9 @@ def train(folder: Path, out: Path, minutes: float, seed: int, start: Path | None
             print(f"step {step}, {spent:.0%}: loss {mean:.3f}", file=sys.stderr, flush=True)
     for parameter in weights:
         parameter.data = parameter.data.bfloat16()
-    model.peft_config["default"].base_model_name_or_path = folder.name
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = folder.name
+    config.modules_to_save = sorted(set(config.modules_to_save))  # PEFT adds its names at each start
     model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
 
