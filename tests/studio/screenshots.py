@@ -44,9 +44,10 @@ def web(page: Page) -> None:
 
 def article(page: Page) -> None:
     page.get_by_role("tab", name="Article").click()
-    page.get_by_placeholder("What should the article be about?").fill("Write about Mira and a red cat.")
+    page.get_by_role("gridcell", name="Write a story").or_(page.get_by_text("Write a story about Mira")).first.click()
+    expect(page.get_by_placeholder("What should the article be about?")).to_have_value(re.compile("red circle"))
     page.get_by_role("button", name="Compose").click()
-    expect(page.get_by_role("textbox", name=re.compile("^Paragraph"))).to_have_count(3)
+    expect(page.get_by_role("textbox", name=re.compile("^Paragraph"))).to_have_count(4)
     expect(page.locator(".steps .done")).to_have_count(4)
 
 

@@ -440,6 +440,22 @@ class TestArticle:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             assert "Mira has a red cat." in archive.read("Mira and the red cat.md").decode()
 
+    def test_the_example_brings_its_pictures_and_they_stand_where_they_belong(self, visit):
+        page = visit()
+        tab(page, "Article")
+        page.get_by_text("Write a story about Mira").first.click()
+        expect(page.get_by_placeholder("What should the article be about?")).to_have_value(re.compile("blue star"))
+        expect(page.locator(".gallery-item, .thumbnail-item").first).to_be_visible()
+        button(page, "Compose").click()
+        written(page, steps=4)
+        with zipfile.ZipFile(io.BytesIO(saved(page, "Markdown")[1])) as archive:
+            text = archive.read("The day of Mira.md").decode()
+            shown = [archive.read(name) for name in re.findall(r"!\[[^]]*\]\(<([^>]+)>\)", text)]
+        files = [DEMO / "pictures" / "candidates" / f"{name}.png" for name in ("red-circle", "blue-star")]
+        assert shown == [file.read_bytes() for file in files]
+        places = [text.index(part) for part in ("a red circle in the park", "![", "a blue star at the lake")]
+        assert places == sorted(places) and text.rindex("![") > places[-1]
+
     def test_every_other_file(self, visit):
         page = visit()
         compose(page, pictures=TEXT_ONLY)
