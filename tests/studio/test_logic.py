@@ -378,7 +378,13 @@ class TestDesk:
         exact = Choices(exact=True)
         resume = (DEMO / "pictures" / "resume.md").read_text()
         page = media_of(tmp_path, DEMO / "pictures" / "page.png")
-        *_, last = desk.page("instruction", "A page for a painter. The name is Lumo.", None, [], exact)
+        *_, last = desk.page(
+            "instruction",
+            "A page for a painter. The name is Lumo. The title is red, the button is blue.",
+            None,
+            [],
+            exact,
+        )
         assert "Lumo" in last
         *_, last = desk.page("resume", resume, None, [], exact)
         assert "Gorine" in last and "<script>" in last
