@@ -310,6 +310,10 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Parts of a choice, each begun in its own way: asked in training, and in no examination.
+PARTS = ("article_letter", "article_index")
+
+
 def constant_pieces() -> tuple[str, ...]:
     """The Chinese stretches of the prompts, each of which is one token of the demo's vocabulary; without spaces.
 
