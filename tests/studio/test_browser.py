@@ -44,6 +44,16 @@ def sign_in(page, name, word):
     page.get_by_role("button", name="Login").click()
 
 
+def stopped_within_a_token(page, slow):
+    """An answer that was begun, and stopped while its next token is held; the model goes on with `slow(0.0)`."""
+    slow(PACE)
+    ask(page, "Who are you?")
+    expect(answers(page)).to_contain_text("I")
+    slow(HELD)
+    button(page, "Stop").click()
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+
+
 def answers(page):
     return page.locator(".conversation [data-testid=bot]")
 
@@ -200,12 +210,7 @@ class TestChat:
 
     def test_stop_and_what_follows(self, visit, slow):
         page = visit()
-        slow(PACE)
-        ask(page, "Who are you?")
-        expect(answers(page)).to_contain_text("I")
-        slow(HELD)
-        button(page, "Stop").click()
-        expect(page.get_by_text("Stopped.")).to_be_visible()
+        stopped_within_a_token(page, slow)
         slow(0.0)
         words = answers(page).inner_text()
         assert "very small one" not in words
@@ -216,12 +221,7 @@ class TestChat:
     def test_a_question_right_after_a_stop(self, visit, slow):
         """The stopped answer is still at its last token when the next question comes."""
         page = visit()
-        slow(PACE)
-        ask(page, "Who are you?")
-        expect(answers(page)).to_contain_text("I")
-        slow(HELD)
-        button(page, "Stop").click()
-        expect(page.get_by_text("Stopped.")).to_be_visible()
+        stopped_within_a_token(page, slow)
         ask(page, "你好")
         expect(page.get_by_text("Waiting for the model: 1 before you.")).to_be_visible()
         slow(0.0)

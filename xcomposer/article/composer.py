@@ -21,7 +21,7 @@ from xcomposer.article.pictures import Pictures, Source, search_of
 from xcomposer.model.prompting_internlm_xcomposer2 import escape_control_tokens
 
 WRITE, BASE = "write", "base"  # the adapter of every step but the edits, which run without one, as they were trained
-PLACES_TOKENS, CAPTION_TOKENS, CHOICE_TOKENS = 200, 200, 200
+STEP_TOKENS = 200  # of an answer that names places, a caption or a choice
 EDIT_TOKENS = 500  # of prompt and answer together, as in the public demo
 WHOLE = (
     ".",
@@ -140,7 +140,7 @@ class Composer:
             raise ValueError(f"count must be at least 1, got {count}")
         paragraphs = article.paragraphs
         prompt = prompts.places([p.text for p in paragraphs], count, len(article.material))
-        answer = yield from self._wait(article, Note("places"), prompt, article.material, WRITE, PLACES_TOKENS)
+        answer = yield from self._wait(article, Note("places"), prompt, article.material, WRITE, STEP_TOKENS)
         found = prompts.places_of(answer, len(paragraphs))[:count]
         for number in found:
             after = paragraphs[number].block
@@ -175,7 +175,7 @@ class Composer:
             texts = [p.text for p in article.paragraphs]
             note = Note("captions", block=name, done=done, of=len(names))
             answer = yield from self._wait(
-                article, note, prompts.caption(texts, number, past, self.style), (), WRITE, CAPTION_TOKENS
+                article, note, prompts.caption(texts, number, past, self.style), (), WRITE, STEP_TOKENS
             )
             caption = prompts.caption_of(answer, self.style)
             if caption:
@@ -249,7 +249,7 @@ class Composer:
                 shown = [*standing.values(), *some]
                 try:
                     answer = yield from self._wait(
-                        article, note, prompt, shown, WRITE, CHOICE_TOKENS, until=prompts.LETTER
+                        article, note, prompt, shown, WRITE, STEP_TOKENS, until=prompts.LETTER
                     )
                 except ValueError:  # longer than the model's prompts can be: found before any compute
                     if group <= 2:
