@@ -230,13 +230,16 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}
 
 
-def route_image_tokens(mask: Tensor, dense: bool, dtype: torch.dtype) -> Tensor:
+def route_image_tokens(mask: Tensor, dense: bool, dtype: torch.dtype) -> Tensor | None:
     """The form of a boolean image mask (B, T) that `AdaptedProjection` takes.
 
     `dense` gives a mask (B, T, 1) in `dtype`; otherwise the integer rows (R,) of the flattened batch, found here once
-    a call (the one point where a GPU waits for the host).
+    a call (the one point where a GPU waits for the host), or None where there are none, as in a later turn's question.
     """
-    return mask[..., None].to(dtype) if dense else mask.flatten().nonzero().squeeze(1)
+    if dense:
+        return mask[..., None].to(dtype)
+    rows = mask.flatten().nonzero().squeeze(1)
+    return rows if len(rows) else None
 
 
 def tensors_to(device: torch.device, *values):
