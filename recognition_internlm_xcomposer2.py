@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_files
 
 from .kinds_internlm_xcomposer2 import RELATIVES, Relative, kind_of, kind_text_fields
 from .packed_weights_internlm_xcomposer2 import BITS, other_packing
+from .quantisation_internlm_xcomposer2 import FULL_PRECISION
 from .weight_files_internlm_xcomposer2 import (
     LAYOUTS,
     PACKED_SETTINGS,
@@ -37,8 +38,10 @@ from .weight_files_internlm_xcomposer2 import (
 
 # Released name -> name in the module tree, applied in this order when loading and backwards when saving.
 RENAMINGS = [
-    (r"\.(wqkv|wo|w1|w2|w3)\.weight", r".\1.linear.weight"),
-    (r"\.(wqkv|wo|w1|w2|w3)\.bias", r".\1.linear.bias"),
+    *(
+        (rf"\.(wqkv|wo|w1|w2|w3)\.{part}", rf".\1.linear.{part}")
+        for part in ("weight", "bias", "qweight", "qzeros", "scales")  # the last three of AWQ releases
+    ),
     (r"\.lora_([a-z0-9]+)_A\.weight", r".task_A.\1.weight"),
     (r"\.lora_([a-z0-9]+)_B\.weight", r".task_B.\1.weight"),
     (r"^output\.weight", r"lm_head.weight"),
@@ -377,20 +380,29 @@ class Unread:
         return self.weights.read(self.name, unpacked_dtype=torch.float32)[index]
 
 
-# Where a GPTQ release has packed linears, as transformers' quantiser wants it said.
-GPTQ_LINEARS: dict[str, Any] = {
-    "block_name_to_quantize": "model.language_model.layers",
-    "modules_in_block_to_quantize": [
-        [f"attention.{name}.linear" for name in ("wqkv", "wo")]
-        + [f"feed_forward.{name}.linear" for name in ("w1", "w3", "w2")]
-    ],
+# Which linears a release has packed, as transformers' own quantiser of the layout wants it said.
+PACKED_LINEARS: dict[str, dict[str, Any]] = {
+    "GPTQ": {
+        "quant_method": "gptq",
+        "block_name_to_quantize": "model.language_model.layers",
+        "modules_in_block_to_quantize": [
+            [f"attention.{name}.linear" for name in ("wqkv", "wo")]
+            + [f"feed_forward.{name}.linear" for name in ("w1", "w3", "w2")]
+        ],
+    },
+    "AWQ": {"quant_method": "awq", "modules_to_not_convert": list(FULL_PRECISION)},
 }
+
+
+def method_of(quantization_config: Any) -> str:
+    """Which of transformers' quantisers a config (or its dict) is of."""
+    method = getattr(quantization_config, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def keeps_packed(quantization_config: Any) -> bool:
     """Whether the caller asks transformers' own quantiser for a packed format."""
-    method = getattr(quantization_config, "quant_method", None)
-    return str(getattr(method, "value", method)) in ("gptq", "awq")
+    return method_of(quantization_config) in ("gptq", "awq")
 
 
 def own_config(config_class: type, name_or_path: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -408,17 +420,20 @@ def own_config(config_class: type, name_or_path: Any, kwargs: Mapping[str, Any])
 def keeping_packed(
     config_class: type, name_or_path: Any, weights: WeightFiles, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a `from_pretrained` by which transformers' own quantiser finds what a GPTQ release has packed.
+    """Arguments of a `from_pretrained` by which transformers' own quantiser finds what a release has packed.
 
     Raises:
-        ValueError: weights in AWQ, whose names that quantiser does not find in this model.
+        ValueError: `quantization_config` is of another layout than the weights.
     """
-    if any(linear.layout != "GPTQ" for linear in weights.packed.values()):
-        raise ValueError(f"{name_or_path} is packed as AWQ: only GPTQ can stay packed; leave quantization_config out")
+    layout = next(iter(weights.packed.values())).layout
+    asked = method_of(kwargs["quantization_config"])
+    if asked != layout.lower():
+        raise ValueError(f"{name_or_path} is packed as {layout}, quantization_config is of {asked}: take {layout}'s")
     config, kwargs = own_config(config_class, name_or_path, kwargs)
     stated = {name: value for name, value in packing_of(weights.folder).items() if value is not None}
-    config.quantization_config = {"quant_method": "gptq", **GPTQ_LINEARS, **stated}
-    config.transformers_weights = weights.files[0]  # transformers does not look for AutoGPTQ's names
+    config.quantization_config = {**PACKED_LINEARS[layout], **stated}
+    if len(weights.files) == 1:
+        config.transformers_weights = weights.files[0]  # transformers does not look for AutoGPTQ's names
     return {**kwargs, "config": config}
 
 
@@ -443,8 +458,9 @@ class CheckedLoadingMixin:
     ):
         """transformers' `from_pretrained`, with errors where it warns or fails without a name.
 
-        Weights packed in 4 bits (GPTQ, AWQ) become full precision. Under `quantization_config=GPTQConfig(...)` those
-        in GPTQ stay packed, and transformers' own quantiser runs them (it needs gptqmodel and optimum).
+        Weights packed in 4 bits (GPTQ, AWQ) become full precision. Under `quantization_config=GPTQConfig(...)` or
+        `AwqConfig(...)` those of that layout stay packed, and transformers' own quantiser runs them (it needs
+        gptqmodel; GPTQ also optimum).
 
         Raises:
             ValueError: tensors that are missing, of another shape, or of integers; a file that is cut short; a head
@@ -461,8 +477,7 @@ class CheckedLoadingMixin:
         model, info = super().from_pretrained(
             source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        if weights is not None and weights.packed and source is not None:
-            del model.config.transformers_weights  # it will be saved under another name
+        vars(model.config).pop("transformers_weights", None)  # what is saved will have another name
         if source is None and weights is not None and model.can_generate():
             if (weights.folder / GENERATION_CONFIG_NAME).is_file():
                 model.generation_config = GenerationConfig.from_pretrained(weights.folder)

@@ -4,6 +4,7 @@ GPTQ (AutoGPTQ): nibble k of row r of `qweight` is input 8 r + k; zero points li
 AWQ (AutoAWQ, LMDeploy): nibble k of column c is output 8 c + (0, 2, 4, 6, 1, 3, 5, 7)[k], of weights and zero points.
 w4a16 (compressed-tensors, as `xcomposer quantise` writes it): nibble k of column c of output r is input 8 c + k, plus
 8; no zero points.
+fp8 (compressed-tensors): E4M3 weights and a scale for each output; activations are rounded as they come.
 """
 
 import json
@@ -67,6 +68,10 @@ def pack(layout, weight, group, symmetric=False):
             "weight_scale": scales.T.contiguous(),
             "weight_shape": torch.tensor(weight.shape),
         }, plain
+    if layout == "fp8":
+        scale = (weight.float().abs().amax(1, keepdim=True) / 448).bfloat16()
+        stored = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"weight": stored, "weight_scale": scale}, stored.float() * scale.float()
     numbers, zeros, scales, plain = round_to_4_bits(weight, group, symmetric)
     parts = {"scales": scales}
     if layout == "GPTQ":
@@ -79,12 +84,18 @@ def pack(layout, weight, group, symmetric=False):
     return parts, plain
 
 
-def compressed(group):
+def compressed(layout, group):
     """`quantization_config` of compressed-tensors."""
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    scheme = {"format": "pack-quantized", "targets": [LINEARS], "weights": weights}
-    said = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": "pack-quantized"}
-    return {**said, "config_groups": {"group_0": scheme}, "ignore": SPARED}
+    if layout == "fp8":
+        form, eight = "float-quantized", {"num_bits": 8, "type": "float", "symmetric": True}
+        weights = {**eight, "strategy": "channel", "dynamic": False}
+        scheme = {"weights": weights, "input_activations": {**eight, "strategy": "token", "dynamic": True}}
+    else:
+        form = "pack-quantized"
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+        scheme = {"weights": weights}
+    said = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": form}
+    return {**said, "config_groups": {"group_0": {"format": form, "targets": [LINEARS], **scheme}}, "ignore": SPARED}
 
 
 def packed_checkpoint(source, out, layout, group=32, symmetric=False):
@@ -96,8 +107,9 @@ def packed_checkpoint(source, out, layout, group=32, symmetric=False):
             packed[name] = plain[name] = tensor
             continue
         parts, plain[name] = pack(layout, tensor, group, symmetric)
-        stem = name.removesuffix(".weight") + ("" if layout == "AWQ" else ".linear")
-        packed.update({f"{stem}.{part}": values for part, values in parts.items()})
+        stem = name.removesuffix(".weight")
+        for part, values in parts.items():  # what AWQ names, and a weight, as the linear's own
+            packed[f"{stem}.{part}" if layout == "AWQ" or part == "weight" else f"{stem}.linear.{part}"] = values
     folders = out / f"{layout} 4bit", out / f"{layout} plain"
     for folder in folders:
         shutil.copytree(source, folder, symlinks=True, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -109,9 +121,9 @@ def packed_checkpoint(source, out, layout, group=32, symmetric=False):
         said = {"bits": 4, "group_size": group, "damp_percent": 0.01, "desc_act": False, "sym": True}
         (folders[0] / "quantize_config.json").write_text(json.dumps(said))
         config["model_type"] = "internlm"
-    elif layout == "w4a16":
+    elif layout in ("w4a16", "fp8"):
         write_weights(folders[0], packed)
-        config["quantization_config"] = compressed(group)
+        config["quantization_config"] = compressed(layout, group)
     else:
         write_weights(folders[0], packed, shards=3, fmt="bin")
         said = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group, "zero_point": True}

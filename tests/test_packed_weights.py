@@ -103,23 +103,33 @@ def test_a_packed_release_answers_as_its_plain_weights(folders, layout, picture)
     assert not hasattr(packed.config, "quantization_config")
 
 
+QUANTISERS = {"GPTQ": (GPTQConfig, "torch"), "AWQ": (AwqConfig, "torch_awq")}  # with a kernel that runs anywhere
+
+
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
-def test_gptqmodel_keeps_it_packed(folders):
-    """Through transformers' own quantiser, on a CPU; partial LoRA stays as it is."""
-    settings = GPTQConfig(bits=4, group_size=32, desc_act=False, backend="torch")
-    packed = load(folders("GPTQ")[0], dtype=torch.float16, quantization_config=settings)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gptqmodel_keeps_it_packed(folders, layout):
+    """Through transformers' own quantiser, on a CPU; partial LoRA and task adapters stay as they are."""
+    kind, backend = QUANTISERS[layout]
+    settings = kind(bits=4, group_size=32, desc_act=False, backend=backend)
+    packed = load(folders(layout)[0], dtype=torch.float16, quantization_config=settings)
     projection = packed.model.language_model.layers[0].attention.wqkv
     assert type(projection.linear).__module__.startswith("gptqmodel.") and type(projection.Plora_A) is torch.nn.Linear
     ids = torch.arange(5, 45)[None]
-    twin = load(folders("GPTQ")[1], dtype=torch.float16)
-    with torch.no_grad():
-        logits = [model(input_ids=ids, im_mask=ids > 20).logits.float() for model in (packed, twin)]
-    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[1].std()
+    twin = load(folders(layout)[1], dtype=torch.float16)
+    for mode in ("base", "web") if twin.config.task_adapter_ranks else ("base",):
+        with torch.no_grad():
+            asked = dict(input_ids=ids, im_mask=ids > 20, infer_mode=mode)
+            logits = [model(**asked).logits.float() for model in (packed, twin)]
+        assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[1].std()
+    assert not hasattr(packed.config, "transformers_weights")
 
 
-def test_awq_does_not_stay_packed(folders):
-    with pytest.raises(ValueError, match="packed as AWQ: only GPTQ can stay packed; leave quantization_config out"):
-        InternLMXComposer2ForCausalLM.from_pretrained(folders("AWQ")[0], quantization_config=AwqConfig(bits=4))
+@pytest.mark.parametrize(("layout", "other"), [("AWQ", "GPTQ"), ("GPTQ", "AWQ")])
+def test_another_layouts_quantiser_is_refused(folders, layout, other):
+    settings = QUANTISERS[other][0](bits=4, backend=QUANTISERS[other][1])
+    with pytest.raises(ValueError, match=f"packed as {layout}, quantization_config is of {other.lower()}: take"):
+        InternLMXComposer2ForCausalLM.from_pretrained(folders(layout)[0], quantization_config=settings)
 
 
 def test_partial_lora_and_task_adapters_work_on_top(folders):

@@ -1,7 +1,7 @@
 """Packed weights on vLLM's own 4-bit kernels give the tokens of their dequantised selves on transformers.
 
 The demo in both released layouts and as `xcomposer quantise` writes it: its answers are sure, where those of random
-weights would turn with each rounding. In bf16: vLLM's 4-bit kernels take no float32.
+weights would turn with each rounding. In bf16: vLLM's kernels for few bits take no float32.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ TASKS = ("next", "list", "read35", "html")
 OPTIONS = {"dtype": "bfloat16", "max_num_seqs": 8, "gpu_memory_utilization": 0.05, "enforce_eager": True}
 LORA = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "lora_target_modules": ["linear"]}
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-KERNEL = "Using CPUWNA16LinearKernel"
+KERNELS = {"fp8": "ChannelWiseTorchFP8ScaledMMLinearKernel"}  # of the others: 4-bit weights, 16-bit activations
 
 
 def requests(out):
@@ -58,11 +59,12 @@ def transformers_says(folder, asked):
     return said
 
 
-@pytest.mark.parametrize("layout", ["GPTQ", "AWQ", "w4a16"])
+@pytest.mark.parametrize("layout", ["GPTQ", "AWQ", "w4a16", "fp8"])
 def test_the_tokens_of_the_dequantised(layout, tmp_path):
+    """fp8 rounds activations too, and transformers computes that from the same files."""
     packed, plain = packed_checkpoint(REPO / "demo", tmp_path, layout, group=64, symmetric=layout == "GPTQ")
     asked = requests(tmp_path)
-    due = transformers_says(plain, asked)
+    due = transformers_says(packed if layout == "fp8" else plain, asked)
     web = str(exported(packed, "web"))
     for request in asked:
         request["lora"] = ["web", 1, web] if request.pop("mode") == "web" else None
@@ -76,5 +78,14 @@ def test_the_tokens_of_the_dequantised(layout, tmp_path):
         )  # fmt: skip
     said = log.read_text("utf-8")
     assert ran.returncode == 0, said[-6000:]
-    assert KERNEL in said
+    assert KERNELS.get(layout, "Using CPUWNA16LinearKernel") in said
     assert json.loads(job.read_text("utf-8"))["answers"] == [due, due]
+
+
+def test_a_format_that_vllm_cannot_run_is_refused_before_it_starts():
+    from xcomposer.serving.vllm_server import check_quantisation
+
+    check_quantisation(SimpleNamespace())
+    check_quantisation(SimpleNamespace(quantization_config={"quant_method": "awq"}))
+    with pytest.raises(ValueError, match="runs no 3bits weights: take --backend transformers, or quantise"):
+        check_quantisation(SimpleNamespace(quantization_config={"quant_method": "3bits"}))

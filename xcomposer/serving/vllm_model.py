@@ -32,11 +32,7 @@ from xcomposer.model.modeling_internlm_xcomposer2 import InternLMXComposer2ForCa
 from xcomposer.model.processing_internlm_xcomposer2 import hd_num_of
 from xcomposer.register import register_classes
 
-# Parts of a packed linear, which AWQ releases write as the linear's own; vLLM's kernels take groups in order alone.
-PACKED_NAMES: dict[re.Pattern, str | None] = {
-    re.compile(r"\.(wqkv|wo|w1|w2|w3)\.(qweight|qzeros|scales)$"): r".\1.linear.\2",
-    re.compile(r"\.g_idx$"): None,
-}
+UNUSED = {re.compile(r"\.g_idx$"): None}  # of GPTQ releases: vLLM's kernels take groups in order alone
 LARGEST_FRAME = 1120  # side of a square frame: no other shape gives a video more tiles
 
 
@@ -109,7 +105,7 @@ class XComposerMixin:
 
     def _create_hf_to_vllm_mapper(self) -> None:
         super()._create_hf_to_vllm_mapper()
-        self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_regex=PACKED_NAMES)
+        self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_regex=UNUSED)
 
     def _patch_config(self) -> None:
         """vLLM's changes to the config, and none of the checkpoint's task adapters, which it could not switch."""

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from typing import Any
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 NAME = "chat"  # of the model without an adapter
@@ -99,19 +100,35 @@ def serve_command(model: str, adapters: Sequence[str] = (), more: Sequence[str] 
     """Arguments of `vllm`; those in `more` come last, so that they count.
 
     Raises:
-        OSError, ValueError: no checkpoint, or an unusable entry of `adapters` (NAME=FOLDER).
+        OSError, ValueError: no checkpoint, one in a format that vLLM cannot run, or an unusable entry of `adapters`
+            (NAME=FOLDER).
     """
     from vllm.platforms import current_platform
 
     from xcomposer.model.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 
     source = local_folder(model)
+    config = InternLMXcomposer2Config.from_pretrained(source)
+    check_quantisation(config)
     modules = {**task_adapters(source), **given_adapters(adapters)}
-    name = SCORES if InternLMXcomposer2Config.from_pretrained(source).head == "score" else NAME
+    name = SCORES if config.head == "score" else NAME
     # On a CPU, vLLM gives requests without an adapter the last slot's: leave that one empty.
     options = adapter_options(modules, spare=current_platform.is_cpu())
     options += ["--default-chat-template-kwargs", json.dumps(TEMPLATE)]
     return ["serve", str(source), "--served-model-name", name, model, *options, *more]
+
+
+def check_quantisation(config: Any) -> None:
+    """Raises ValueError where this vLLM has no quantiser of a checkpoint's format (0.32 has none of bitsandbytes)."""
+    from vllm import __version__
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method is not None and method not in QUANTIZATION_METHODS:
+        raise ValueError(
+            f"this vLLM ({__version__}) runs no {method} weights: take --backend transformers, or quantise the "
+            f"full-precision checkpoint as w4a16 or fp8"
+        )
 
 
 def check_plugin() -> None:
