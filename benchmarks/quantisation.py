@@ -51,7 +51,7 @@ WIDTHS = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "max_position_embeddings": 24576, "plora_rank": 256, "plora_alpha": 256, "task_adapter_ranks": {},
     "vision_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16,
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "image_size": 560, "patch_size": 14,
     },
 }  # fmt: skip
