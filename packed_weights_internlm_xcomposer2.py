@@ -15,6 +15,8 @@ from torch import Tensor
 BITS = 4
 PER_INT = 32 // BITS
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# What is never packed: patterns that match from a module name's start, as transformers' quantisers read them.
+FULL_PRECISION = ("lm_head", "score", ".*vision_tower", ".*vision_proj", ".*Plora_[AB]", ".*task_[AB]")
 
 
 class Layout(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.quantizers import AutoQuantizationConfig
 
-# Patterns of module names that match from a name's start, as transformers' quantisers read them.
-FULL_PRECISION = ("lm_head", "score", ".*vision_tower", ".*vision_proj", ".*Plora_[AB]", ".*task_[AB]")
+from .packed_weights_internlm_xcomposer2 import FULL_PRECISION
+
 # Where a quantisation config lists what it skips: bitsandbytes; torchao and most others.
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
 

@@ -20,8 +20,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import cached_files
 
 from .kinds_internlm_xcomposer2 import RELATIVES, Relative, kind_of, kind_text_fields
-from .packed_weights_internlm_xcomposer2 import BITS, other_packing
-from .quantisation_internlm_xcomposer2 import FULL_PRECISION
+from .packed_weights_internlm_xcomposer2 import BITS, FULL_PRECISION, other_packing
 from .weight_files_internlm_xcomposer2 import (
     LAYOUTS,
     PACKED_SETTINGS,
