@@ -161,6 +161,21 @@ def test_partial_lora_changes_image_rows_alone(tiny_model):
 
 
 @torch.no_grad()
+def test_partial_lora_is_not_run_on_no_rows(tiny_model):
+    """As in a later turn, whose mask is there and empty."""
+    ids, widths = torch.arange(5, 25)[None], []
+    low = tiny_model.model.language_model.layers[0].attention.wqkv.Plora_A
+    hook = low.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0])))
+    try:
+        tiny_model(input_ids=ids, im_mask=torch.zeros_like(ids))
+        assert widths == []
+        tiny_model(input_ids=ids, im_mask=(ids > 20).long())
+        assert widths == [4]
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
 def test_image_mask_reaches_image_rows_alone(tiny_model):
     ((embeds, images),) = prompts_of(tiny_model, [60])
     first = int(images[0].nonzero()[0])
