@@ -532,6 +532,9 @@ class InternLMXComposer2ForCausalLM(
         inputs, moved = self._at_embedding(inputs, kwargs)
         kwargs.update(moved)
         said = config_settings(self.generation_config) | config_settings(generation_config) | kwargs
+        kind = said.get("cache_implementation")
+        if str(kind).startswith("offloaded") and self.device.type == "cpu":
+            raise ValueError(f"cache_implementation is {kind!r}: it is for models on a GPU, this one is on the CPU")
         # Whoever brings or chooses a cache has it; an empty one counts, too. A draft's model keeps transformers' own.
         others = any(said.get(name) is not None for name in OTHER_CACHES)
         if not others and said.get("use_cache") is not False:

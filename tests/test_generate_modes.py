@@ -59,6 +59,13 @@ def test_an_offloaded_cache(tiny_checkpoint, ids, beams):
         assert model.generate(ids.cuda(), cache_implementation=kind, **settings).tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_on_a_cpu_is_refused(model, ids, kind):
+    """The library fails in the midst, without a name."""
+    with pytest.raises(ValueError, match=f"cache_implementation is '{kind}': it is for models on a GPU"):
+        model.generate(ids, cache_implementation=kind, **GREEDY)
+
+
 @pytest.mark.parametrize("kind", ["quanto", "hqq"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_quantised_cache(model, kind, beams):
