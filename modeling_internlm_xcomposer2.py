@@ -39,7 +39,7 @@ from .quantisation_internlm_xcomposer2 import QuantisationMixin
 from .recognition_internlm_xcomposer2 import RENAMINGS, CheckedLoadingMixin
 from .release_clients_internlm_xcomposer2 import ReleaseClientsMixin
 from .reuse_internlm_xcomposer2 import ReuseStore, default_limits
-from .settings_internlm_xcomposer2 import SETTINGS, check_settings, config_settings, end_tokens
+from .settings_internlm_xcomposer2 import SETTINGS, check_cache, check_settings, config_settings, end_tokens
 from .task_adapters_internlm_xcomposer2 import TaskAdapterMixin
 from .threads_internlm_xcomposer2 import ComputeLock
 
@@ -532,9 +532,7 @@ class InternLMXComposer2ForCausalLM(
         inputs, moved = self._at_embedding(inputs, kwargs)
         kwargs.update(moved)
         said = config_settings(self.generation_config) | config_settings(generation_config) | kwargs
-        kind = said.get("cache_implementation")
-        if str(kind).startswith("offloaded") and self.device.type == "cpu":
-            raise ValueError(f"cache_implementation is {kind!r}: it is for models on a GPU, this one is on the CPU")
+        check_cache(said.get("cache_implementation"), self.device.type)
         # Whoever brings or chooses a cache has it; an empty one counts, too. A draft's model keeps transformers' own.
         others = any(said.get(name) is not None for name in OTHER_CACHES)
         if not others and said.get("use_cache") is not False:

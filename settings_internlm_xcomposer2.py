@@ -286,6 +286,17 @@ def check_settings(given: Mapping[str, Any], vocab_size: int | None = None) -> d
     return settings
 
 
+def check_cache(kind: Any, device_type: str) -> None:
+    """Raise a ValueError for a `cache_implementation` that would drop inputs, or cannot run on this type of device."""
+    if kind == "paged":
+        raise ValueError(
+            "cache_implementation is 'paged': continuous batching reads token ids alone, no pictures and no "
+            "infer_mode; for plain text call generate_batch, for many conversations batch_chat or vLLM"
+        )
+    if str(kind).startswith("offloaded") and device_type == "cpu":
+        raise ValueError(f"cache_implementation is {kind!r}: it is for models on a GPU, this one is on the CPU")
+
+
 def end_tokens(asked: Any, own: Any) -> Any:
     """The `eos_token_id` of a call, where `asked` was passed and the checkpoint's generation config says `own`.
 
