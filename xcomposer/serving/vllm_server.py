@@ -120,11 +120,13 @@ def serve_command(model: str, adapters: Sequence[str] = (), more: Sequence[str] 
 
 def check_quantisation(config: Any) -> None:
     """Raises ValueError where this vLLM has no quantiser of a checkpoint's format (0.32 has none of bitsandbytes)."""
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method is None:
+        return
     from vllm import __version__
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None and method not in QUANTIZATION_METHODS:
+    if method not in QUANTIZATION_METHODS:
         raise ValueError(
             f"this vLLM ({__version__}) runs no {method} weights: take --backend transformers, or quantise the "
             f"full-precision checkpoint as w4a16 or fp8"
