@@ -476,7 +476,8 @@ class CheckedLoadingMixin:
         model, info = super().from_pretrained(
             source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        vars(model.config).pop("transformers_weights", None)  # what is saved will have another name
+        if weights is not None and weights.packed and source is not None:
+            vars(model.config).pop("transformers_weights", None)  # what is saved will have another name
         if source is None and weights is not None and model.can_generate():
             if (weights.folder / GENERATION_CONFIG_NAME).is_file():
                 model.generation_config = GenerationConfig.from_pretrained(weights.folder)
